@@ -1,0 +1,225 @@
+"""Our code against Google's own numbers: `python bench/official.py DIR [--worst]`.
+
+Runs what it finds in a folder of the oracle's form (`forward/`, `training/`, as their READMEs describe) through the
+functions that users run, prints a row a check (case, size, precision, error, limit) and exits 1 if a limit is broken.
+Errors of forward passes are max|ours - Google's| / max|Google's|; the limits are those that the READMEs suggest.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.npz import google_zeroes_edge, load_npz, resize_pos_embed
+from utils.augment import random_boxes, taps, view
+from utils.batches import EvalBatches
+from utils.data import Split
+from utils.optim import lr_at
+
+
+class Check(NamedTuple):
+    case: str
+    size: str
+    precision: str
+    error: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.limit  # false for NaN
+
+
+def relative(ours, google) -> float:
+    ours, google = np.asarray(ours), np.asarray(google)
+    if ours.shape != google.shape:
+        return float("nan")
+    return float(np.abs(ours - google).max() / np.abs(google).max())
+
+
+# --- forward/ ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def forward_case(folder: Path):
+    """Logits at every size, and at the native one tokens, head input and stem, in both precisions."""
+    config = json.loads((folder / "config.json").read_text())
+    expected = np.load(folder / "expected.npz")
+    stages = bool(config["resnet"] and config["resnet"]["num_layers"])
+    for size, about in config["sizes"].items():
+        for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+            bits = f"f{precision[-2:]}"
+            limit = 1e-12 if bits == "f64" else 3e-5 if stages else 5e-6
+            model = load_npz(folder / "checkpoint.npz", img_size=tuple(about["image"]), dtype=dtype).eval()
+            label = size
+            if edges := zeroed_edges(config["sizes"]["native"]["grid"], model.grid):
+                put_zeros(model, edges)
+                label += ", Google's zero edge put in"
+            images = torch.from_numpy(expected[f"image_{size}"]).permute(0, 3, 1, 2).to(dtype)
+            tokens = model.forward_features(images)
+            pooled = tokens[:, 0] if model.config.classifier == "token" else tokens.mean(dim=1)
+            ours = {f"logits_{size}_{bits}": model(images), f"tokens_{size}_{bits}": tokens,
+                    f"features_{size}_{bits}": model.pre_logits(pooled), f"posemb_{size}_{bits}": model.pos_embed}
+            if stages:
+                ours[f"stem_{size}_{bits}"] = model.patch_embed.backbone(images).permute(0, 2, 3, 1)
+            error = max(relative(value, expected[name]) for name, value in ours.items() if name in expected.files)
+            yield Check(f"forward {folder.name}", label, precision, error, limit)
+
+
+def zeroed_edges(old, new) -> list[int]:
+    """The axes of the grid whose last line Google's resize leaves at zero (a rounding of scipy's); ours does not."""
+    return [axis for axis in (0, 1) if google_zeroes_edge(old[axis], new[axis])]
+
+
+def put_zeros(model, edges: list[int]) -> None:
+    """Makes Google's zero edge in our position embedding, so that the rest of the pass can be compared."""
+    first = model.pos_embed.shape[1] - model.grid[0] * model.grid[1]
+    grid = model.pos_embed.data[:, first:].view(*model.grid, -1)
+    for axis in edges:
+        grid.select(axis, -1).zero_()
+
+
+def zooms(folder: Path):
+    """Every position-embedding resize; on flagged pairs Google's values off the zero edge, plain bilinear on it."""
+    arrays = np.load(folder / "posemb_zoom.npz")
+    worst = {}
+    for pair in json.loads((folder / "posemb_zoom.json").read_text())["pairs"]:
+        old, new = pair["old"], pair["new"]
+        grid, google = arrays[f"in_{pair['id']}"], arrays[f"out_{pair['id']}"]
+        rows = int(pair["has_class_row"])
+        ours = resize_pos_embed(torch.from_numpy(grid), tuple(old), tuple(new)).numpy()
+        kind = "sound pairs"
+        if pair["last_row_zero"] or pair["last_col_zero"]:
+            kind = "zero-edge pairs (there: plain bilinear)"
+            plain = bilinear(grid[0, rows:].reshape(*old, -1).astype(np.float64), new)
+            theirs = google[0, rows:].reshape(*new, -1)
+            inside = np.ones(new, dtype=bool)
+            inside[new[0] - pair["last_row_zero"]:] = inside[:, new[1] - pair["last_col_zero"]:] = False
+            google = np.concatenate([google[0, :rows], np.where(inside[..., None], theirs, plain).reshape(new[0] * new[1], -1)])[None]
+        for precision, ours_, google_ in (("float64", ours, google), ("float32", ours.astype("f4"), google.astype("f4"))):
+            worst.setdefault((kind, precision), []).append(relative(ours_, google_))
+    for (kind, precision), errors in worst.items():
+        yield Check("position embedding", f"{len(errors)} {kind}", precision, max(errors),
+                    1e-12 if precision == "float64" else 5e-6)
+
+
+def bilinear(grid: np.ndarray, new) -> np.ndarray:
+    """Aligned-corners bilinear in plain numpy, one axis after the other; for the edge that Google's resize loses."""
+    for axis in (0, 1):
+        at = np.linspace(0, grid.shape[axis] - 1, new[axis])
+        grid = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, grid)
+    return grid
+
+
+# --- training/ --------------------------------------------------------------------------------------------------------
+
+def schedules(path: Path):
+    arrays = np.load(path)
+    for name in sorted({key.split("/")[0] for key in arrays.files}):
+        base, total, warmup, end = arrays[f"{name}/config"].tolist()
+        ours = np.array([lr_at(step, base=base, total=int(total), warmup=int(warmup), linear_end=end,
+                               decay="linear" if name.startswith("lin") else "cosine") for step in range(int(total) + 1)])
+        for key, precision, limit in (("lr", "float32", 3e-7), ("lr_x64", "float64", 2e-7)):
+            if f"{name}/{key}" in arrays.files:
+                yield Check("learning rate (error / base)", name, precision,
+                            float(np.abs(ours - arrays[f"{name}/{key}"]).max() / base), limit)
+
+
+def as_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).expand(3, -1, -1)
+
+
+def evaluation_views(path: Path):
+    arrays = np.load(path)
+    for size in sorted({key.split("/")[0] for key in arrays.files if key.startswith("out")}, key=lambda s: int(s[3:])):
+        names = [key.split("/")[1] for key in arrays.files if key.startswith(size + "/")]
+        split = Split([as_tensor(arrays[f"image/{name}"]) for name in names], torch.zeros(len(names), dtype=torch.long), ("",))
+        batches = EvalBatches(split, size=(int(size[3:]),) * 2, batch_size=4, mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu")
+        ours = torch.cat([batches[k][0] for k in range(len(batches))]).permute(0, 2, 3, 1).numpy()
+        errors = [np.abs(o[..., :arrays[f"{size}/{n}"].shape[2]] - arrays[f"{size}/{n}"]).max() for o, n in zip(ours, names)]
+        yield Check("evaluation images", f"{len(names)} to {size[3:]} px", "float32", float(max(errors)), 1e-5)
+
+
+def training_views(path: Path):
+    arrays = np.load(path)
+    names = sorted({key.split("/")[0] for key in arrays.files})
+    errors = []
+    for name in names:
+        image, out = arrays[f"{name}/image"], arrays[f"{name}/out"]
+        y, x, h, w = (np.array([n]) for n in arrays[f"{name}/box_yxhw"])
+        rows = taps(y, h, out.shape[0])
+        columns = taps(x, w, out.shape[1], np.array([bool(arrays[f"{name}/flip"])]))
+        ours = view(as_tensor(image)[None], rows, columns)[0].permute(1, 2, 0).numpy()
+        errors.append(np.abs(ours[..., :out.shape[2]] - out).max())
+    yield Check("training images, box and flip given", f"{len(names)} examples", "float32", float(max(errors)), 1e-5)
+
+
+def crop_boxes(path: Path, facts: Path):
+    """Kolmogorov-Smirnov distances of 20,000 of our boxes to Google's, the worst of six quantities."""
+    arrays = np.load(path)
+    least = json.loads(facts.read_text())["call"]["area_range"][0] if facts.exists() else 0.05
+    for size in arrays.files:
+        height, width = (int(n[1:]) for n in size.split("_"))
+        ours = random_boxes(np.random.default_rng(0), np.full(20_000, height), np.full(20_000, width), least)
+        pairs = zip(quantities(ours), quantities(arrays[size]))
+        yield Check("training crops (KS distance)", size, "-", max(ks_distance(a, b) for a, b in pairs), 0.02)
+
+
+def quantities(boxes: np.ndarray) -> list[np.ndarray]:
+    top, left, height, width = boxes.astype(np.float64).T
+    return [height * width, width / height, height, width, top, left]
+
+
+def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = np.sort(a), np.sort(b)
+    at = np.concatenate([a, b])
+    return float(np.abs(np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)).max())
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+def checks(root: Path):
+    for case in sorted(root.glob("**/config.json")):
+        if (case.parent / "expected.npz").exists():
+            yield from forward_case(case.parent)
+    for found, run in (("posemb_zoom.npz", lambda p: zooms(p.parent)), ("schedule.npz", schedules),
+                       ("preprocess_eval.npz", evaluation_views), ("preprocess_train_examples.npz", training_views),
+                       ("preprocess_train_boxes.npz", lambda p: crop_boxes(p, p.with_name("preprocess_train.json")))):
+        for path in sorted(root.glob(f"**/{found}")):
+            yield from run(path)
+
+
+def worst_of_each(rows: list[Check]) -> list[Check]:
+    """One row a case and precision: the size whose error is nearest to its limit."""
+    kept = {}
+    for row in rows:
+        key = row.case, row.precision
+        if key not in kept or not row.error / row.limit <= kept[key].error / kept[key].limit:
+            kept[key] = row
+    return list(kept.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--worst", action="store_true", help="one row a case and precision: its worst size")
+    args = parser.parse_args()
+    rows = list(checks(args.folder))
+    if not rows:
+        print(f"Nothing to check in {args.folder}: expected forward/cases/*, training/schedule.npz and the like.")
+        return 2
+    broken = [row for row in rows if not row.holds]
+    print("| case | size | precision | error | limit | |\n|---|---|---|---|---|---|")
+    for row in worst_of_each(rows) if args.worst else rows:
+        print(f"| {row.case} | {row.size} | {row.precision} | {row.error:.1e} | {row.limit:.0e} | {'ok' if row.holds else 'BROKEN'} |")
+    print(f"\n{len(rows)} checks, {len(broken)} broken.")
+    if trajectories := list(args.folder.glob("**/trajectory_meta.json")):
+        print(f"Not run: the training trajectories beside {trajectories[0].name}.")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Google's Vision Transformers: configurations, forward pass, checkpoints. Imports nothing of `utils/`."""

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.configs import CONFIGS, replace
+from models.modeling import VisionTransformer, grid_size
+from tests.conftest import randomise
+
+
+def test_forward_is_the_papers_equations(tiny_model):
+    """Dosovitskiy et al. 2021, equations 1 to 4, written out with einsum and our parameters by name."""
+    model, w = tiny_model.double(), dict(tiny_model.double().named_parameters())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def dense(x, name):
+        return torch.einsum("btd,ed->bte", x, w[f"{name}.weight"]) + w[f"{name}.bias"]
+
+    patches = images.reshape(2, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 48)
+    x = patches @ w["patch_embed.proj.weight"].reshape(32, 48).T + w["patch_embed.proj.bias"]
+    x = torch.cat([w["cls_token"].expand(2, 1, 32), x], 1) + w["pos_embed"]
+    for i in range(2):
+        q, k, v = dense(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").reshape(2, 17, 3, 2, 16).unbind(2)
+        attention = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(16), -1)
+        x = x + dense(torch.einsum("bhqk,bkhd->bqhd", attention, v).reshape(2, 17, 32), f"blocks.{i}.attn.proj")
+        y = dense(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + dense(y, f"blocks.{i}.mlp.fc2")
+    logits = norm(x, "norm")[:, 0] @ w["head.weight"].T + w["head.bias"]
+    assert torch.allclose(model(images), logits, rtol=0, atol=1e-12)
+
+
+def test_mean_pooling_has_no_class_token_and_averages_the_tokens(tiny_config):
+    model = randomise(VisionTransformer(replace(tiny_config, classifier="gap"), (16, 24), 5))
+    images = torch.randn(2, 3, 16, 24)
+    assert not hasattr(model, "cls_token") and model.pos_embed.shape == (1, 24, 32)
+    assert torch.allclose(model(images), model.head(model.forward_features(images).mean(1)), atol=1e-6)
+
+
+def test_pre_logits_is_a_dense_layer_with_tanh_before_the_head(tiny_config):
+    model = randomise(VisionTransformer(replace(tiny_config, representation_size=20), 16, 5))
+    images = torch.randn(2, 3, 16, 16)
+    hidden = torch.tanh(F.linear(model.forward_features(images)[:, 0], model.pre_logits.fc.weight, model.pre_logits.fc.bias))
+    assert torch.allclose(model(images), model.head(hidden), atol=1e-6)
+
+
+def test_a_new_model_gives_equal_logits_and_the_first_gradient_reaches_only_the_head(tiny_config):
+    model = VisionTransformer(tiny_config, 16, 5)
+    logits = model(torch.randn(3, 3, 16, 16))
+    assert torch.count_nonzero(logits) == 0
+    F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+    reached = {name for name, p in model.named_parameters() if torch.count_nonzero(p.grad)}
+    assert reached == {"head.weight", "head.bias"}
+
+
+def test_initial_values_are_those_of_google(tiny_config):
+    torch.manual_seed(0)
+    model = VisionTransformer(replace(tiny_config, hidden_size=128, num_heads=2, mlp_dim=512), 64, 5)
+    assert torch.count_nonzero(model.cls_token) == 0 and torch.count_nonzero(model.blocks[0].attn.qkv.bias) == 0
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+    bound = math.sqrt(6 / (128 + 128))  # Xavier uniform of each D x D kernel, not of the fused one
+    for kernel in model.blocks[0].attn.qkv.weight.chunk(3):
+        assert 0.98 * bound < kernel.abs().max().item() <= bound
+    bound = math.sqrt(6 / (128 + 512))
+    assert 0.98 * bound < model.blocks[0].mlp.fc1.weight.abs().max().item() <= bound
+    assert 0 < model.blocks[0].mlp.fc1.bias.abs().max().item() < 1e-5
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx(1 / math.sqrt(48), rel=0.05)
+
+
+def test_dropout_acts_in_the_four_places_of_google(tiny_config):
+    """After the position embedding, after attention, after GELU, after the second dense layer."""
+    model = VisionTransformer(replace(tiny_config, dropout_rate=0.5), 16, 5)
+    assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in model.modules()) == 1 + 2 * 2  # drop is used twice
+    randomise(model)
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_the_remainder_at_the_bottom_and_right_is_dropped(tiny_config):
+    model, larger = (randomise(VisionTransformer(tiny_config, size, 5)) for size in (16, (18, 19)))
+    images = torch.randn(2, 3, 18, 19)
+    assert torch.allclose(larger(images), model(images[..., :16, :16]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name, size, grid", [("ViT-B_16", (224, 320), (14, 20)), ("R50+ViT-B_16", (71, 55), (5, 4)),
+                                              ("R+ViT-Ti_16", (71, 85), (2, 2)), ("R50+ViT-L_32", (224, 224), (7, 7))])
+def test_grid_of_a_hybrid_rounds_up_in_the_stem_and_down_in_the_patches(name, size, grid):
+    assert grid_size(CONFIGS[name], size) == grid
+
+
+def test_images_of_another_size_are_refused_with_both_sizes(tiny_model):
+    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\).*\(1, 3, 20, 20\)"):
+        tiny_model(torch.zeros(1, 3, 20, 20))
+
+
+def test_images_smaller_than_a_patch_are_refused():
+    with pytest.raises(ValueError, match="8 x 8 pixels are smaller than one patch of ViT-B_16"):
+        VisionTransformer(CONFIGS["ViT-B_16"], 8, 2)
+
+
+def test_parameters_are_named_as_timm_names_them():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for ours, theirs in (("ViT-Ti_16", "vit_tiny_patch16_224"), ("R26+ViT-S_32", "vit_small_r26_s32_224"),
+                         ("R+ViT-Ti_16", "vit_tiny_r_s16_p8_224")):
+        with torch.device("meta"):
+            model = VisionTransformer(CONFIGS[ours], 224, 1000)
+            peer = timm.create_model(theirs)
+        shapes = {name: p.shape for name, p in peer.state_dict().items()}
+        assert {name: p.shape for name, p in model.state_dict().items()} == shapes

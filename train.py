@@ -1,0 +1,183 @@
+"""Fine-tune a Vision Transformer: parse, open, build, loop. Every batch, crop and learning rate is a function of
+(settings, data, step); nothing else is remembered. `python train.py --help` lists the flags."""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from models import configs, exchange, sources
+from models.modeling import VisionTransformer
+from utils import data
+from utils.batches import EvalBatches, TrainBatches, resident
+from utils.evaluation import evaluate
+from utils.optim import lr_at, make_optimizer
+from utils.progress import Progress
+from utils.runs import Run, check_free, sha256
+from utils.settings import Settings, parse
+from utils.step import choose_device, choose_precision, make_scaler, train_step
+
+log = logging.getLogger("train")
+
+
+def build_model(settings: Settings, num_classes: int) -> tuple[VisionTransformer, dict]:
+    """The model to start from, and the file it comes from: {"name", "sha256"}, empty from scratch."""
+    config = configs.get_config(settings.model_type) if settings.model_type else None
+    if settings.pretrained_dir == "none":
+        config = config or configs.get_config("ViT-B_16")
+        torch.manual_seed(settings.seed)  # of the initial values
+        model = VisionTransformer(config, settings.img_size or (32 if config.name == "ViT-demo" else 224), num_classes)
+        origin = {}
+    else:
+        path = sources.fetch(settings.pretrained_dir or f"checkpoint/{settings.model_type or 'ViT-B_16'}.npz")
+        model = exchange.load(path, img_size=settings.img_size, num_classes=num_classes, config=config)
+        if settings.img_size is None and min(model.img_size) > 224:
+            model = exchange.load(path, img_size=224, num_classes=num_classes, config=config)
+        origin = {"name": path.name, "sha256": sha256(path)}
+    if settings.dropout is not None:
+        model.config = configs.replace(model.config, dropout_rate=settings.dropout)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = settings.dropout
+    return model, origin
+
+
+def make_batches(settings: Settings, dataset: data.Data, model: VisionTransformer, device):
+    """(training, selection, test): the images of what `best` is chosen on are those of the test where none are held out."""
+    workers = settings.num_workers if settings.num_workers >= 0 else min(os.cpu_count() or 1, 8)
+    look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
+    area = dataset.view.min_area if settings.min_area is None else settings.min_area
+    training_view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
+    train = TrainBatches(resident(dataset.train, device), batch_size=settings.train_batch_size, seed=settings.seed,
+                         training_view=training_view, **look)
+    test = EvalBatches(resident(dataset.test, device), batch_size=settings.eval_batch_size, **look)
+    if dataset.val is None:
+        return train, test, test
+    return train, EvalBatches(resident(dataset.val, device), batch_size=settings.eval_batch_size, **look), test
+
+
+def train(settings: Settings) -> dict:
+    """One run from its settings to its folder; returns {"folder", "last", "best"}, accuracies as shares of 1."""
+    device = choose_device(settings.device, settings.local_rank)
+    precision = choose_precision(settings, device)
+    dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction, seed=settings.seed)
+    model, origin = build_model(settings, len(dataset.train.classes))
+    name = settings.name or f"{dataset.name}-{model.config.name}-{'x'.join(map(str, sorted(set(model.img_size))))}"
+    settings = replace(settings, name=name, img_size=model.img_size, model_type=model.config.name)
+    folder = Path(settings.output_dir) / name
+    check_free(folder, settings.overwrite)
+    batches, selection, test = make_batches(settings, dataset, model, device)
+    model.to(device).train()
+    optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay)
+    scaler = make_scaler(device.type, precision, settings.loss_scale)
+    summarise(settings, dataset, model, origin, device, precision, folder)
+
+    run = Run(folder, asdict(settings))
+    about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
+    selects, best = "val" if dataset.val else "test", None
+    progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=scaler.is_enabled())
+    for step, (images, labels) in enumerate(batches.stream(0, settings.num_steps), start=1):
+        lr = lr_at(step - 1, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
+                   decay=settings.decay_type)
+        result = train_step(model, optimizer, scaler, images, labels, lr=lr, precision=precision,
+                            micro_batches=settings.gradient_accumulation_steps, max_grad_norm=settings.max_grad_norm,
+                            dropout_seed=(settings.seed, step))
+        progress.add(step, lr, result)
+        if step % settings.eval_every == 0 or step == settings.num_steps:
+            with progress.paused():
+                found = evaluate(model, selection, precision)
+                run.log(step, **{f"{selects}_accuracy": found.accuracy, f"{selects}_loss": found.loss})
+                progress.say(f"{selects} accuracy {found.accuracy:.2%}, loss {found.loss:.4f}")
+                about |= {"step": step, "accuracy": {selects: found.accuracy}}
+                run.save("last", model, **about)
+                if best is None or found.accuracy > best["accuracy"][selects]:
+                    best = dict(about)
+                    run.save("best", model, **best)
+    progress.close()
+    return finish(run, model, test, about, best, selects)
+
+
+def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, selects: str) -> dict:
+    """Scores `last` and `best` on the test set in float32, writes the scores into their headers, says them."""
+    results = {}
+    for kind, about in (("last", last), ("best", best)):
+        if kind == "best" and about["step"] == last["step"]:
+            results[kind] = results["last"]
+            run.save(kind, model, **about)
+            continue
+        if kind == "best":
+            model.load_state_dict(exchange.load(run.folder / "best.safetensors").state_dict())
+        results[kind] = evaluate(model, test)
+        about["accuracy"] = {**about["accuracy"], "test": results[kind].accuracy}
+        run.save(kind, model, **about)
+        run.log(about["step"], **{f"{kind}_test_accuracy": results[kind].accuracy, f"{kind}_test_loss": results[kind].loss})
+    run.close()
+    chosen = (f"chosen by its val accuracy, {best['accuracy']['val']:.2%}" if selects == "val" else
+              "picked on the test set itself, so too good: quote `last`, or hold out --val_fraction")
+    for kind, about, why in (("last", last, "the end of the run"), ("best", best, chosen)):
+        log.info("%s   %.2f %% of %s test images, loss %.4f (step %d, %s)", kind, 100 * results[kind].accuracy,
+                 f"{results[kind].images:,}", results[kind].loss, about["step"], why)
+    minutes, seconds = divmod(round(time.time() - run.started), 60)
+    log.info("done   in %d min %02d s: %s", minutes, seconds, run.folder)
+    return {"folder": run.folder, **results}
+
+
+def summarise(settings, dataset, model, origin, device, precision, folder) -> None:
+    """What is about to happen, and what of it looks unwise."""
+    s, images = settings, len(dataset.train)
+    parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
+    held = f", {len(dataset.val):,} val" if dataset.val else ""
+    for what, text in {
+        "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                 f"{model.img_size[0]} x {model.img_size[1]} px, dropout {model.config.dropout_rate:g}",
+        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random (from scratch)",
+        "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
+                f"{len(dataset.train.classes)} classes",
+        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; {s.num_steps:,} steps are "
+                 f"{s.num_steps * s.train_batch_size / images:.1f} epochs",
+        "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
+                  f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
+        "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
+                  f"{str(precision).removeprefix('torch.')}",
+        "output": str(folder),
+    }.items():
+        log.info("%-8s %s", what, text)
+    if dataset.val is None:
+        log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
+                    "choice use --val_fraction 0.1.")
+    if s.warmup_steps >= s.num_steps:
+        log.warning("The warm-up of %d steps is not over when the run of %d ends, and the learning rate stays small: "
+                    "try --warmup_steps %d.", s.warmup_steps, s.num_steps, s.num_steps // 20)
+    if s.train_batch_size > images:
+        log.warning("A batch of %d shows some of the %d training images more than once: try a smaller "
+                    "--train_batch_size.", s.train_batch_size, images)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line. An error is one sentence and exit code 2; --debug shows its traceback."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with logging_redirect_tqdm():
+            return train(parse(argv))
+    except torch.OutOfMemoryError as error:
+        problem = f"The GPU's memory is full ({str(error).splitlines()[0]}) Try more --gradient_accumulation_steps."
+    except (ValueError, OSError, FloatingPointError) as error:
+        problem = str(error)
+        if "--debug" in (sys.argv if argv is None else argv):
+            raise
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted. What the last evaluation saved is in the run's folder.", file=sys.stderr)
+        raise SystemExit(130) from None

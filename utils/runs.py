@@ -1,0 +1,80 @@
+"""The folder of a run, `output/NAME/`: settings, weights that explain themselves, one line of metrics an event."""
+
+import hashlib
+import json
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from models import exchange
+
+FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "tensorboard")  # what a run writes
+
+
+class Run:
+    """An open run: `log` values, `save` weights, `close`. Every file is written whole or not at all, or appended to."""
+
+    def __init__(self, folder: Path, settings: dict):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
+        self.folder = folder
+        self.started = time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / "settings.json").write_text(json.dumps({**settings, "command": command()}, indent=2) + "\n")
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(folder / "tensorboard")
+
+    def log(self, step: int, **values: float) -> None:
+        """Values after `step` updates; a name like train_loss is written as train/loss."""
+        now = time.time()
+        for name, value in values.items():
+            name = name.replace("_", "/", 1)
+            self.metrics.write(json.dumps({"step": step, "name": name, "value": value, "time": round(now, 3)}) + "\n")
+            self.tensorboard.add_scalar(name, value, step, walltime=now)
+
+    def save(self, kind: str, model, **metadata) -> Path:
+        """Writes `best` or `last`: weights, and in the header all that is needed to use them (design of the format:
+        `models/exchange.py`)."""
+        self.metrics.flush()
+        path = self.folder / f"{kind}.safetensors"
+        exchange.save(model, path, {**metadata, "command": command(), "versions": versions()})
+        return path
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.tensorboard.close()
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """ValueError: the folder holds a run already, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; the run's folder would go there. Choose another --name.")
+    if not overwrite and any((folder / name).exists() for name in FILES):
+        raise ValueError(f"{folder} holds a run already. Choose another --name, or --overwrite it.")
+
+
+def command() -> str:
+    """The command line that started this process."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is newer than Python 3.10
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""Every flag once: name, type, default, group and help. Presets, and the checks that need no data.
+
+Where ViT-pytorch has a flag, ours has its name, meaning and default.
+"""
+
+import argparse
+import difflib
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+RECIPES = {
+    "vit-pytorch": {},  # the defaults below
+    "paper": {"img_size": (384, 384)},  # Dosovitskiy et al. 2021, B.1.1, and vit_jax/configs/vit.py
+}
+PAPER_LR = {("ViT-B_16", "cifar10"): 0.01}  # vit_jax/configs/vit.py; 0.03 elsewhere
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'224' -> (224, 224), '224,320' -> (224, 320): height, width."""
+    try:
+        numbers = [int(n) for n in text.split(",")]
+        if len(numbers) > 2 or min(numbers) < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no image size: give 224 or height,width as in 224,320") from None
+    return numbers[0], numbers[-1]
+
+
+def flag(default, group: str, help: str, **options):
+    """A setting whose command-line flag is made from these words."""
+    return field(default=default, metadata={"group": group, "help": help, "options": options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run. Whoever reads a field finds its meaning and default here."""
+
+    dataset: str = flag("cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
+    data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
+    img_size: tuple[int, int] | None = flag(
+        None, "data", "pixels, N or H,W (default: 224; 32 for ViT-demo)", type=image_size, metavar="N")
+    val_fraction: float = flag(0.0, "data", "share of train held out, on which `best` is then chosen")
+    min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
+                                  type=float)
+    no_flip: bool = flag(False, "data", "never mirror training images")
+    num_workers: int = flag(-1, "data", "processes that decode sets too large for memory; -1: one a core, at most 8")
+
+    model_type: str | None = flag(None, "model", "a published name (default: what the checkpoint is, else ViT-B_16)",
+                                  type=str)
+    pretrained_dir: str | None = flag(
+        None, "model", ".npz or timm .safetensors; none: from scratch (default: checkpoint/MODEL_TYPE.npz)", type=str)
+    dropout: float | None = flag(None, "model", "dropout rate (default: the published configuration's)", type=float)
+
+    recipe: str = flag("vit-pytorch", "training", "paper: 384 px and Google's LRs; flags given by hand win",
+                       choices=list(RECIPES))
+    num_steps: int = flag(10_000, "training", "updates")
+    train_batch_size: int = flag(512, "training", "images an update")
+    gradient_accumulation_steps: int = flag(1, "training", "micro-batches that an update's images are split into")
+    learning_rate: float = flag(3e-2, "training", "peak learning rate")
+    warmup_steps: int = flag(500, "training", "updates of linear warm-up")
+    decay_type: str = flag("cosine", "training", "after the warm-up", choices=["cosine", "linear"])
+    optimizer: str = flag("sgd", "training", "sgd has momentum 0.9", choices=["sgd", "adam", "adamw"])
+    weight_decay: float = flag(0.0, "training", "none in the paper's fine-tuning")
+    max_grad_norm: float = flag(1.0, "training", "clip the gradient's global norm; 0: never")
+    seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
+
+    device: str = flag("auto", "device", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
+    precision: str = flag("auto", "device", "of the forward and backward pass; auto: bf16 where it is fast, else fp32",
+                          choices=["auto", "fp32", "bf16", "fp16"])
+    fp16: bool = flag(False, "device", "short for --precision fp16")
+    bf16: bool = flag(False, "device", "short for --precision bf16")
+    loss_scale: float = flag(0.0, "device", "fp16: a fixed loss scale; 0: dynamic")
+    fp16_opt_level: str = flag("O2", "device", "obsolete (apex); accepted and ignored")
+    local_rank: int = flag(-1, "device", "which GPU; -1: the first")
+
+    name: str | None = flag(None, "output", "of the run (default: DATASET-MODEL-SIZE)", type=str)
+    output_dir: str = flag("output", "output", "the run's folder is OUTPUT_DIR/NAME")
+    overwrite: bool = flag(False, "output", "replace a run of the same name")
+    eval_every: int = flag(100, "output", "updates between evaluations; there is always one at the end")
+    eval_batch_size: int = flag(64, "output", "images at a time in an evaluation")
+    debug: bool = flag(False, "output", "show the traceback of an error")
+
+    def __post_init__(self):
+        """ValueError: a setting that no run can have, with the numbers."""
+        for name in ("num_steps", "train_batch_size", "gradient_accumulation_steps", "eval_every", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name, low, high in (("val_fraction", 0, 1), ("min_area", 0, 1), ("dropout", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
+                raise ValueError(f"--{name} is {value}; it must lie between {low} and {high}.")
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(f"--train_batch_size {self.train_batch_size} cannot be split into "
+                             f"--gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts.")
+        asked = {"fp16" if self.fp16 else None, "bf16" if self.bf16 else None,
+                 self.precision if self.precision != "auto" else None} - {None}
+        if len(asked) > 1:
+            raise ValueError(f"Two precisions were asked for: {' and '.join(sorted(asked))}. Choose one.")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `-` for `_`, errors of one sentence, and the nearest name for a mistyped flag."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = [_underscored(arg) for arg in args]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, [s for s in self._option_string_actions if s != "--help"], n=1, cutoff=0.5)
+            self.error(f"There is no flag {name}" + (f": did you mean {near[0]}?" if near else ". See --help."))
+        return found
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def _underscored(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if arg.startswith("--") else arg
+
+
+def parser() -> Parser:
+    p = Parser(prog="train.py", allow_abbrev=False, formatter_class=_OneLine, usage="python train.py [--FLAG VALUE ...]",
+               description="Fine-tune a Vision Transformer of Google's on your images.",
+               epilog="Example: python train.py --model_type ViT-B_16 --pretrained_dir checkpoint/ViT-B_16.npz --fp16")
+    groups = {}
+    for f in fields(Settings):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = p.add_argument_group(group)
+        text, options = f.metadata["help"], dict(f.metadata["options"])
+        if isinstance(f.default, bool):
+            options["action"] = "store_true"
+        else:
+            options.setdefault("type", type(f.default))
+            options.setdefault("metavar", "|".join(options["choices"]) if "choices" in options else options["type"].__name__)
+            if f.default is not None:
+                text += f" (default: {f.default})"
+        groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+    return p
+
+
+class _OneLine(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=40, width=150)
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """The settings of a command line: what was given by hand, else the recipe's value, else the default."""
+    given = vars(parser().parse_args(sys.argv[1:] if argv is None else argv))
+    preset = dict(RECIPES[given.get("recipe", "vit-pytorch")])
+    settings = {**preset, **given}
+    if settings.get("recipe") == "paper":
+        model = settings.get("model_type") or Path(settings.get("pretrained_dir") or "ViT-B_16").stem
+        settings.setdefault("learning_rate", PAPER_LR.get((model, settings.get("dataset", "cifar10")), 3e-2))
+    return Settings(**settings)
