@@ -20,7 +20,7 @@ from utils.optim import lr_at, make_optimizer
 from utils.progress import Progress
 from utils.runs import Run, check_free, sha256
 from utils.settings import Settings, parse
-from utils.step import choose_device, choose_precision, make_scaler, train_step
+from utils.step import attention_kernel, choose_device, choose_precision, make_scaler, train_step
 
 log = logging.getLogger("train")
 
@@ -48,13 +48,13 @@ def build_model(settings: Settings, num_classes: int) -> tuple[VisionTransformer
 
 
 def make_batches(settings: Settings, dataset: data.Data, model: VisionTransformer, device):
-    """(training, selection, test): the images of what `best` is chosen on are those of the test where none are held out."""
+    """(training, selection, test): `best` is chosen on the second, which is the test where nothing is held out."""
     workers = settings.num_workers if settings.num_workers >= 0 else min(os.cpu_count() or 1, 8)
     look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
     area = dataset.view.min_area if settings.min_area is None else settings.min_area
-    training_view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
+    view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
     train = TrainBatches(resident(dataset.train, device), batch_size=settings.train_batch_size, seed=settings.seed,
-                         training_view=training_view, **look)
+                         training_view=view, **look)
     test = EvalBatches(resident(dataset.test, device), batch_size=settings.eval_batch_size, **look)
     if dataset.val is None:
         return train, test, test
@@ -62,25 +62,35 @@ def make_batches(settings: Settings, dataset: data.Data, model: VisionTransforme
 
 
 def train(settings: Settings) -> dict:
-    """One run from its settings to its folder; returns {"folder", "last", "best"}, accuracies as shares of 1."""
+    """One run from its settings to its folder; returns {"folder", "last", "best"}, the last two as test `Metrics`."""
     device = choose_device(settings.device, settings.local_rank)
     precision = choose_precision(settings, device)
-    dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction, seed=settings.seed)
+    dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction,
+                        seed=settings.seed)
     model, origin = build_model(settings, len(dataset.train.classes))
-    name = settings.name or f"{dataset.name}-{model.config.name}-{'x'.join(map(str, sorted(set(model.img_size))))}"
-    settings = replace(settings, name=name, img_size=model.img_size, model_type=model.config.name)
-    folder = Path(settings.output_dir) / name
+    size = "x".join(str(n) for n in dict.fromkeys(model.img_size))
+    settings = replace(settings, img_size=model.img_size, model_type=model.config.name,
+                       name=settings.name or f"{dataset.name}-{model.config.name}-{size}")
+    folder = Path(settings.output_dir) / settings.name
     check_free(folder, settings.overwrite)
     batches, selection, test = make_batches(settings, dataset, model, device)
     model.to(device).train()
-    optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay)
-    scaler = make_scaler(device.type, precision, settings.loss_scale)
     summarise(settings, dataset, model, origin, device, precision, folder)
 
-    run = Run(folder, asdict(settings))
-    about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
-    selects, best = "val" if dataset.val else "test", None
+    selects = "val" if dataset.val else "test"
+    with Run(folder, asdict(settings)) as run:
+        about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
+        with attention_kernel(model, device, precision):
+            last, best = fit(settings, model, batches, selection, selects, precision, run, about)
+        return finish(run, model, test, last, best, selects)
+
+
+def fit(settings: Settings, model, batches, selection, selects: str, precision, run: Run, about: dict):
+    """The loop: update, follow, and from time to time evaluate and save. Returns what is known of `last` and `best`."""
+    optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay)
+    scaler = make_scaler(batches.device.type, precision, settings.loss_scale)
     progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=scaler.is_enabled())
+    best = None
     for step, (images, labels) in enumerate(batches.stream(0, settings.num_steps), start=1):
         lr = lr_at(step - 1, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)
@@ -93,38 +103,34 @@ def train(settings: Settings) -> dict:
                 found = evaluate(model, selection, precision)
                 run.log(step, **{f"{selects}_accuracy": found.accuracy, f"{selects}_loss": found.loss})
                 progress.say(f"{selects} accuracy {found.accuracy:.2%}, loss {found.loss:.4f}")
-                about |= {"step": step, "accuracy": {selects: found.accuracy}}
-                run.save("last", model, **about)
+                last = {**about, "step": step, "accuracy": {selects: found.accuracy}}
+                run.save("last", model, **last)
                 if best is None or found.accuracy > best["accuracy"][selects]:
-                    best = dict(about)
+                    best = last
                     run.save("best", model, **best)
     progress.close()
-    return finish(run, model, test, about, best, selects)
+    return last, best
 
 
 def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, selects: str) -> dict:
-    """Scores `last` and `best` on the test set in float32, writes the scores into their headers, says them."""
-    results = {}
+    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
+    scores = {}
     for kind, about in (("last", last), ("best", best)):
-        if kind == "best" and about["step"] == last["step"]:
-            results[kind] = results["last"]
-            run.save(kind, model, **about)
-            continue
-        if kind == "best":
+        if kind == "best" and best["step"] != last["step"]:
             model.load_state_dict(exchange.load(run.folder / "best.safetensors").state_dict())
-        results[kind] = evaluate(model, test)
-        about["accuracy"] = {**about["accuracy"], "test": results[kind].accuracy}
-        run.save(kind, model, **about)
-        run.log(about["step"], **{f"{kind}_test_accuracy": results[kind].accuracy, f"{kind}_test_loss": results[kind].loss})
-    run.close()
-    chosen = (f"chosen by its val accuracy, {best['accuracy']['val']:.2%}" if selects == "val" else
-              "picked on the test set itself, so too good: quote `last`, or hold out --val_fraction")
-    for kind, about, why in (("last", last, "the end of the run"), ("best", best, chosen)):
-        log.info("%s   %.2f %% of %s test images, loss %.4f (step %d, %s)", kind, 100 * results[kind].accuracy,
-                 f"{results[kind].images:,}", results[kind].loss, about["step"], why)
+        same = kind == "best" and best["step"] == last["step"]
+        score = scores[kind] = scores["last"] if same else evaluate(model, test)
+        run.save(kind, model, **{**about, "accuracy": {**about["accuracy"], "test": score.accuracy}})
+        run.log(about["step"], **{f"{kind}_test_accuracy": score.accuracy, f"{kind}_test_loss": score.loss})
+    why = {"last": "the end of the run",
+           "best": f"best of the evaluations on {'the held-out part' if selects == 'val' else 'this same test set'}, "
+                   f"{best['accuracy'][selects]:.2%}"}
+    for kind, about in (("last", last), ("best", best)):
+        log.info("%s     %.2f %% of %s test images, loss %.4f (step %d: %s)", kind, 100 * scores[kind].accuracy,
+                 f"{scores[kind].images:,}", scores[kind].loss, about["step"], why[kind])
     minutes, seconds = divmod(round(time.time() - run.started), 60)
-    log.info("done   in %d min %02d s: %s", minutes, seconds, run.folder)
-    return {"folder": run.folder, **results}
+    log.info("output   %s, after %d min %02d s", run.folder, minutes, seconds)
+    return {"folder": run.folder, **scores}
 
 
 def summarise(settings, dataset, model, origin, device, precision, folder) -> None:
@@ -138,8 +144,8 @@ def summarise(settings, dataset, model, origin, device, precision, folder) -> No
         "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random (from scratch)",
         "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
                 f"{len(dataset.train.classes)} classes",
-        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; {s.num_steps:,} steps are "
-                 f"{s.num_steps * s.train_batch_size / images:.1f} epochs",
+        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
+                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.1f} epochs",
         "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
                   f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
         "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "

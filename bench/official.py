@@ -91,19 +91,20 @@ def zooms(folder: Path):
         grid, google = arrays[f"in_{pair['id']}"], arrays[f"out_{pair['id']}"]
         rows = int(pair["has_class_row"])
         ours = resize_pos_embed(torch.from_numpy(grid), tuple(old), tuple(new)).numpy()
-        kind = "sound pairs"
+        kind = "sound"
         if pair["last_row_zero"] or pair["last_col_zero"]:
-            kind = "zero-edge pairs (there: plain bilinear)"
+            kind = "zero edge (there: plain bilinear)"
             plain = bilinear(grid[0, rows:].reshape(*old, -1).astype(np.float64), new)
             theirs = google[0, rows:].reshape(*new, -1)
             inside = np.ones(new, dtype=bool)
             inside[new[0] - pair["last_row_zero"]:] = inside[:, new[1] - pair["last_col_zero"]:] = False
-            google = np.concatenate([google[0, :rows], np.where(inside[..., None], theirs, plain).reshape(new[0] * new[1], -1)])[None]
-        for precision, ours_, google_ in (("float64", ours, google), ("float32", ours.astype("f4"), google.astype("f4"))):
-            worst.setdefault((kind, precision), []).append(relative(ours_, google_))
+            mixed = np.where(inside[..., None], theirs, plain).reshape(new[0] * new[1], -1)
+            google = np.concatenate([google[0, :rows], mixed])[None]
+        for precision, kept in (("float64", np.float64), ("float32", np.float32)):
+            worst.setdefault((kind, precision), []).append(relative(ours.astype(kept), google.astype(kept)))
     for (kind, precision), errors in worst.items():
-        yield Check("position embedding", f"{len(errors)} {kind}", precision, max(errors),
-                    1e-12 if precision == "float64" else 5e-6)
+        limit = 1e-12 if precision == "float64" else 5e-6
+        yield Check(f"position embedding, {kind}", f"{len(errors)} pairs", precision, max(errors), limit)
 
 
 def bilinear(grid: np.ndarray, new) -> np.ndarray:
@@ -120,8 +121,9 @@ def schedules(path: Path):
     arrays = np.load(path)
     for name in sorted({key.split("/")[0] for key in arrays.files}):
         base, total, warmup, end = arrays[f"{name}/config"].tolist()
-        ours = np.array([lr_at(step, base=base, total=int(total), warmup=int(warmup), linear_end=end,
-                               decay="linear" if name.startswith("lin") else "cosine") for step in range(int(total) + 1)])
+        plan = dict(base=base, total=int(total), warmup=int(warmup), linear_end=end,
+                    decay="linear" if name.startswith("lin") else "cosine")
+        ours = np.array([lr_at(step, **plan) for step in range(int(total) + 1)])
         for key, precision, limit in (("lr", "float32", 3e-7), ("lr_x64", "float64", 2e-7)):
             if f"{name}/{key}" in arrays.files:
                 yield Check("learning rate (error / base)", name, precision,
@@ -136,10 +138,13 @@ def evaluation_views(path: Path):
     arrays = np.load(path)
     for size in sorted({key.split("/")[0] for key in arrays.files if key.startswith("out")}, key=lambda s: int(s[3:])):
         names = [key.split("/")[1] for key in arrays.files if key.startswith(size + "/")]
-        split = Split([as_tensor(arrays[f"image/{name}"]) for name in names], torch.zeros(len(names), dtype=torch.long), ("",))
-        batches = EvalBatches(split, size=(int(size[3:]),) * 2, batch_size=4, mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu")
+        images = [as_tensor(arrays[f"image/{name}"]) for name in names]
+        split = Split(images, torch.zeros(len(names), dtype=torch.long), ("",))
+        batches = EvalBatches(split, size=(int(size[3:]),) * 2, batch_size=4, mean=(0.5,) * 3, std=(0.5,) * 3,
+                              device="cpu")
         ours = torch.cat([batches[k][0] for k in range(len(batches))]).permute(0, 2, 3, 1).numpy()
-        errors = [np.abs(o[..., :arrays[f"{size}/{n}"].shape[2]] - arrays[f"{size}/{n}"]).max() for o, n in zip(ours, names)]
+        outs = [arrays[f"{size}/{name}"] for name in names]
+        errors = [np.abs(image[..., :out.shape[2]] - out).max() for image, out in zip(ours, outs)]
         yield Check("evaluation images", f"{len(names)} to {size[3:]} px", "float32", float(max(errors)), 1e-5)
 
 
@@ -214,7 +219,8 @@ def main() -> int:
     broken = [row for row in rows if not row.holds]
     print("| case | size | precision | error | limit | |\n|---|---|---|---|---|---|")
     for row in worst_of_each(rows) if args.worst else rows:
-        print(f"| {row.case} | {row.size} | {row.precision} | {row.error:.1e} | {row.limit:.0e} | {'ok' if row.holds else 'BROKEN'} |")
+        verdict = "ok" if row.holds else "BROKEN"
+        print(f"| {row.case} | {row.size} | {row.precision} | {row.error:.1e} | {row.limit:.0e} | {verdict} |")
     print(f"\n{len(rows)} checks, {len(broken)} broken.")
     if trajectories := list(args.folder.glob("**/trajectory_meta.json")):
         print(f"Not run: the training trajectories beside {trajectories[0].name}.")

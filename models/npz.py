@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ml_collections import FrozenConfigDict
 from torch import Tensor
 
 from models.configs import CONFIGS, get_config, replace
-from models.modeling import VisionTransformer, grid_size
+from models.modeling import VisionTransformer
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Archive:
                 array = np.lib.format.read_array(file, allow_pickle=False)
         except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged at '{key}' ({error}). Fetch or copy it again.") from error
-        if array.dtype.kind == "V":  # numpy has no bfloat16 and shows its bits as void: they are a float32's upper half
+        if array.dtype.kind == "V":  # numpy has no bfloat16 and shows its bits as void: a float32's upper half
             array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return array
 
@@ -173,7 +174,8 @@ def config_of(archive: Archive) -> FrozenConfigDict:
                          f"{error}, found {', '.join(list(shapes)[:3]) or 'nothing'} ...") from error
     found = dict(
         patch_size=(patch_h, patch_w), hidden_size=width, mlp_dim=mlp, num_heads=heads,
-        num_layers=1 + max(int(match[1]) for match in map(re.compile(r".*/encoderblock_(\d+)/").match, shapes) if match),
+        num_layers=1 + max(int(match[1]) for match in (re.match(r".*/encoderblock_(\d+)/", key) for key in shapes)
+                           if match),
         resnet=None)
     if "conv_root/kernel" in shapes:
         units = [re.match(r"block(\d+)/unit(\d+)/", key) for key in shapes]
@@ -227,8 +229,9 @@ def load_npz(path, *, img_size: int | tuple[int, int] | None = None, num_classes
             classes = archive.shapes.get("head/bias", (0,))[0]
         else:
             classes = num_classes
-            skipped |= {key: f"a new head of {num_classes} classes takes its place" for key in ("head/kernel", "head/bias")}
-            skipped |= {key: "fine-tuning drops it, as Google does" for key in ("pre_logits/kernel", "pre_logits/bias")}
+            head = f"a new head of {num_classes} classes takes its place"
+            skipped |= {"head/kernel": head, "head/bias": head}
+            skipped |= dict.fromkeys(("pre_logits/kernel", "pre_logits/bias"), "fine-tuning drops it, as Google does")
             found = replace(found, representation_size=None)
         grid = _grid(archive, found)
         native = native_size(found, grid)
@@ -256,9 +259,9 @@ def _check_keys(archive: Archive, rows: list[Row], skipped: dict[str, str]) -> N
     missing = sorted(wanted - set(archive.shapes))
     extra = sorted(set(archive.shapes) - wanted - set(skipped))
     if missing or extra:
-        parts = [f"{what} {', '.join(repr(key) for key in keys[:4])}" + (f" and {len(keys) - 4} more" if keys[4:] else "")
-                 for what, keys in (("missing", missing), ("unknown", extra)) if keys]
-        raise ValueError(f"{archive.path} does not fit its own architecture: {'; '.join(parts)}.")
+        said = [f"{what} {', '.join(map(repr, keys[:4]))}" + (f" and {len(keys) - 4} more" if keys[4:] else "")
+                for what, keys in (("missing", missing), ("unknown", extra)) if keys]
+        raise ValueError(f"{archive.path} does not fit its own architecture: {'; '.join(said)}.")
 
 
 @torch.no_grad()
@@ -293,8 +296,8 @@ def _grid(archive: Archive, config) -> tuple[int, int]:
     positions = archive.shapes[key][1] - (config.classifier == "token")
     side = round(positions ** 0.5)
     if side * side != positions:
-        raise ValueError(f"{archive.path}: {positions} positions are no square grid and the file does not say its shape. "
-                         f"Add an array 'grid' of two numbers (rows, columns) to it.")
+        raise ValueError(f"{archive.path}: {positions} positions are no square grid and the file does not say its "
+                         f"shape. Add an array 'grid' of two numbers (rows, columns) to it.")
     return side, side
 
 
@@ -333,8 +336,8 @@ def save_npz(model: VisionTransformer, path, *, dtype=None) -> None:
     google = CONFIGS["ViT-B_16"]
     for field in ("gelu", "norm_eps", "mean", "std"):
         if model.config[field] != google[field]:
-            raise ValueError(f"An .npz cannot carry {field} = {model.config[field]}: Google's files mean {google[field]}. "
-                             f"Save this model as .safetensors.")
+            raise ValueError(f"An .npz cannot carry {field} = {model.config[field]}: Google's files mean "
+                             f"{google[field]}. Save this model as .safetensors.")
     parameters = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     arrays = {}
     for row in table(model):

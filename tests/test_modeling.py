@@ -15,8 +15,8 @@ def test_forward_is_the_papers_equations(tiny_model):
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
+        x = x - x.mean(-1, keepdim=True)
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def dense(x, name):
         return torch.einsum("btd,ed->bte", x, w[f"{name}.weight"]) + w[f"{name}.bias"]
@@ -45,7 +45,8 @@ def test_mean_pooling_has_no_class_token_and_averages_the_tokens(tiny_config):
 def test_pre_logits_is_a_dense_layer_with_tanh_before_the_head(tiny_config):
     model = randomise(VisionTransformer(replace(tiny_config, representation_size=20), 16, 5))
     images = torch.randn(2, 3, 16, 16)
-    hidden = torch.tanh(F.linear(model.forward_features(images)[:, 0], model.pre_logits.fc.weight, model.pre_logits.fc.bias))
+    dense = model.pre_logits.fc
+    hidden = torch.tanh(F.linear(model.forward_features(images)[:, 0], dense.weight, dense.bias))
     assert torch.allclose(model(images), model.head(hidden), atol=1e-6)
 
 
@@ -75,7 +76,8 @@ def test_initial_values_are_those_of_google(tiny_config):
 def test_dropout_acts_in_the_four_places_of_google(tiny_config):
     """After the position embedding, after attention, after GELU, after the second dense layer."""
     model = VisionTransformer(replace(tiny_config, dropout_rate=0.5), 16, 5)
-    assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in model.modules()) == 1 + 2 * 2  # drop is used twice
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates == [0.5] * (1 + 2 * 2)  # a block's `drop` acts in two of its three places
     randomise(model)
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(model(images), model(images))

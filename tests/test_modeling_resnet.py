@@ -7,7 +7,8 @@ from models.modeling_resnet import ResNetStem, Root, StdConv2d, init_stem, same_
 
 
 @pytest.mark.parametrize("size, kernel, stride, before_after", [
-    (32, 7, 2, (2, 3)), (33, 7, 2, (3, 3)), (32, 3, 2, (0, 1)), (33, 3, 2, (1, 1)), (32, 3, 1, (1, 1)), (32, 1, 2, (0, 0))])
+    (32, 7, 2, (2, 3)), (33, 7, 2, (3, 3)), (32, 3, 2, (0, 1)), (33, 3, 2, (1, 1)), (32, 3, 1, (1, 1)),
+    (32, 1, 2, (0, 0))])
 def test_same_padding_puts_the_odd_pixel_last(size, kernel, stride, before_after):
     left, right, top, bottom = same_padding(size, size, kernel, stride)
     assert (left, right) == (top, bottom) == before_after

@@ -21,6 +21,10 @@ class Taps(NamedTuple):
     high: np.ndarray
     weight: np.ndarray
 
+    def of(self, b: int) -> "Taps":
+        """Those of image b alone, (1, S)."""
+        return Taps(*(a[b:b + 1] for a in self))
+
 
 def taps(start: np.ndarray, length: np.ndarray, size: int, flip: np.ndarray | None = None) -> Taps:
     """Taps that resize the stretch [start, start + length) of each image to `size`; `flip` (B,) mirrors some.

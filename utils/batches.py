@@ -3,7 +3,7 @@
 """
 
 import logging
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -52,8 +52,7 @@ class Batches(Dataset):
             return images[torch.from_numpy(indices).to(images.device)], rows, columns, labels
         images = [images[i] if isinstance(images[i], Tensor) else decode(images[i]) for i in indices]
         rows, columns = self.taps(k, np.array([image.shape[1:] for image in images]))
-        looked_at = [gather(image, type(rows)(*(a[b:b + 1] for a in rows)), type(columns)(*(a[b:b + 1] for a in columns)))
-                     for b, image in enumerate(images)]
+        looked_at = [gather(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
         return *stack(*map(list, zip(*looked_at))), labels
 
     def on_device(self, pixels, rows, columns, labels) -> tuple[Tensor, Tensor]:

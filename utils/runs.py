@@ -15,11 +15,11 @@ import torchvision
 
 from models import exchange
 
-FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "tensorboard")  # what a run writes
+FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "tensorboard")  # of a run
 
 
 class Run:
-    """An open run: `log` values, `save` weights, `close`. Every file is written whole or not at all, or appended to."""
+    """An open run (a context): `log` values, `save` weights. Every file is written whole or not at all, or appended to."""
 
     def __init__(self, folder: Path, settings: dict):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
@@ -33,6 +33,13 @@ class Run:
         self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(folder / "tensorboard")
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.metrics.close()
+        self.tensorboard.close()
+
     def log(self, step: int, **values: float) -> None:
         """Values after `step` updates; a name like train_loss is written as train/loss."""
         now = time.time()
@@ -42,16 +49,11 @@ class Run:
             self.tensorboard.add_scalar(name, value, step, walltime=now)
 
     def save(self, kind: str, model, **metadata) -> Path:
-        """Writes `best` or `last`: weights, and in the header all that is needed to use them (design of the format:
-        `models/exchange.py`)."""
+        """Writes `best` or `last`: weights, and in the header all that is needed to use them (`models/exchange.py`)."""
         self.metrics.flush()
         path = self.folder / f"{kind}.safetensors"
         exchange.save(model, path, {**metadata, "command": command(), "versions": versions()})
         return path
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.tensorboard.close()
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

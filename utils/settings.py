@@ -36,7 +36,8 @@ def flag(default, group: str, help: str, **options):
 class Settings:
     """What decides a run. Whoever reads a field finds its meaning and default here."""
 
-    dataset: str = flag("cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
+    dataset: str = flag(
+        "cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
     img_size: tuple[int, int] | None = flag(
         None, "data", "pixels, N or H,W (default: 224; 32 for ViT-demo)", type=image_size, metavar="N")
@@ -113,7 +114,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, [s for s in self._option_string_actions if s != "--help"], n=1, cutoff=0.5)
+            flags = [s for s in self._option_string_actions if s not in ("-h", "--help")]
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
             self.error(f"There is no flag {name}" + (f": did you mean {near[0]}?" if near else ". See --help."))
         return found
 
@@ -127,7 +129,8 @@ def _underscored(arg: str) -> str:
 
 
 def parser() -> Parser:
-    p = Parser(prog="train.py", allow_abbrev=False, formatter_class=_OneLine, usage="python train.py [--FLAG VALUE ...]",
+    p = Parser(prog="train.py", allow_abbrev=False, formatter_class=_OneLine,
+               usage="python train.py [--FLAG VALUE ...]",
                description="Fine-tune a Vision Transformer of Google's on your images.",
                epilog="Example: python train.py --model_type ViT-B_16 --pretrained_dir checkpoint/ViT-B_16.npz --fp16")
     groups = {}
@@ -140,7 +143,7 @@ def parser() -> Parser:
             options["action"] = "store_true"
         else:
             options.setdefault("type", type(f.default))
-            options.setdefault("metavar", "|".join(options["choices"]) if "choices" in options else options["type"].__name__)
+            options.setdefault("metavar", "|".join(options.get("choices", [options["type"].__name__])))
             if f.default is not None:
                 text += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)

@@ -120,7 +120,7 @@ def attention_kernel(model: nn.Module, device: torch.device, precision: torch.dt
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively (AVX512-BF16, AMX, Arm); elsewhere it is slower than float32."""
+    """Whether the processor multiplies bfloat16 natively (AVX512-BF16, AMX, Arm); elsewhere float32 is faster."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

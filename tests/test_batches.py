@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.batches import EvalBatches, TrainBatches, decoded_bytes, resident
+from utils.data import Split, View
+
+LOOK = dict(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu")
+
+
+def split_of(count=10, size=(8, 8)):
+    """Image i is filled with the value i; its label is i too."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, *size).contiguous()
+    return Split(images, torch.arange(count), tuple(map(str, range(count))))
+
+
+def training(split, batch_size=4, seed=0, view=None, **changes):
+    return TrainBatches(split, batch_size=batch_size, seed=seed, training_view=view or View(), **{**LOOK, **changes})
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Noise of three shapes as PNG files."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(9):
+        paths.append(tmp_path / f"{i}.png")
+        shape = (*((20, 30), (64, 50), (100, 16))[i % 3], 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+    return Split(paths, torch.arange(9), tuple(map(str, range(9))))
+
+
+def test_every_epoch_shows_every_image_once_in_another_order():
+    batches = training(split_of(10), batch_size=4)
+    stream = np.concatenate([batches.indices(k) for k in range(5)])  # two epochs of ten: batch 2 spans both
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert list(stream[:10]) != list(stream[10:]) and list(stream[:10]) != list(range(10))
+
+
+def test_a_batch_larger_than_the_set_is_full():
+    counts = np.bincount(np.concatenate([training(split_of(3), batch_size=7).indices(k) for k in range(3)]))
+    assert list(counts) == [7, 7, 7]
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    split = split_of(50)
+    first, second = training(split), training(split)
+    _ = [second[k] for k in (9, 3, 0)]  # whatever was asked for before
+    for k in (7, 0, 30):
+        assert all(torch.equal(a, b) for a, b in zip(first[k], second[k]))
+    assert not torch.equal(training(split, seed=1)[7][0], first[7][0])
+    assert not torch.equal(first[8][0], first[7][0])
+
+
+def test_streamed_batches_are_the_ones_asked_for_singly(files):
+    for workers in (0, 2):
+        batches = training(files, workers=workers)
+        streamed = list(batches.stream(2, 6))
+        assert len(streamed) == 4
+        for k, batch in enumerate(streamed, start=2):
+            assert all(torch.equal(a, b) for a, b in zip(batch, batches[k]))
+
+
+def test_files_and_decoded_images_give_the_same_views(files):
+    decoded = resident(files, "cpu")
+    assert isinstance(decoded.images, list) and decoded.images[0].shape == (3, 20, 30)
+    for k in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(training(files)[k], training(decoded)[k]))
+
+
+def test_images_of_one_size_become_one_tensor(tmp_path):
+    Image.new("RGB", (5, 7), (10, 20, 30)).save(tmp_path / "a.png")
+    split = resident(Split([tmp_path / "a.png"] * 3, torch.zeros(3, dtype=torch.long), ("a", "b")), "cpu")
+    assert split.images.shape == (3, 3, 7, 5) and split.images[2, :, 6, 4].tolist() == [10, 20, 30]
+
+
+def test_a_set_beyond_the_budget_is_streamed(files):
+    assert decoded_bytes(files.images) == 3 * 3 * (20 * 30 + 64 * 50 + 100 * 16)
+    assert resident(files, "cpu", budget=decoded_bytes(files.images) - 1) is files
+
+
+def test_a_broken_file_in_a_worker_is_one_sentence(files):
+    files.images[4].write_bytes(b"no image")
+    with pytest.raises(ValueError) as error:
+        list(training(files, workers=1).stream(0, 3))
+    assert "4.png" in str(error.value) and "Traceback" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_evaluation_counts_every_image_once_and_in_order():
+    batches = EvalBatches(split_of(10), batch_size=4, **LOOK)
+    assert len(batches) == 3
+    images, labels = map(torch.cat, zip(*batches.stream(0, 3)))
+    assert labels.tolist() == list(range(10))
+    assert torch.allclose(images[:, 0, 0, 0], (torch.arange(10) - 127.5) / 127.5)
+
+
+def test_the_training_view_decides_crops_and_flips():
+    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 1, 64).expand(8, 3, 64, 64).contiguous()
+    split = Split(ramp, torch.arange(8), ("",))
+    images, _ = training(split, batch_size=8, view=View(min_area=1.0, flip=False), size=(64, 64))[0]
+    assert torch.allclose(images, (ramp.float() - 127.5) / 127.5, atol=1e-6)
+    images, _ = training(split, batch_size=64, view=View(min_area=1.0, flip=True), size=(64, 64))[0]
+    rising = images[:, 0, 0, -1] > images[:, 0, 0, 0]
+    assert 16 < rising.sum() < 48

@@ -1,0 +1,382 @@
+"""Datasets and folders -> splits, and files -> pixels. All images are written here; nothing is downloaded."""
+
+import logging
+import pickle
+import urllib.error
+import warnings
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from utils import data
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def images(root, counts, suffix=".png"):
+    """ROOT/PATH/0.png, ... for {PATH: count}."""
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(RGB).save(root / folder / f"{i}{suffix}")
+    return str(root)
+
+
+def saved(path, image, **options):
+    """What `decode` makes of an array or image after it was saved, as (H, W, 3)."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, **options)
+    return decoded(path)
+
+
+def decoded(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = data.decode(path)
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def grey(pixels):
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0].tolist()
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.bmp", "a.tif", "a.TIFF", "a.webp"])
+def test_lossless_formats_keep_every_pixel(tmp_path, name):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    assert (saved(tmp_path / name, RGB, **options) == RGB).all()
+
+
+def test_jpeg_pixels_are_pillows(tmp_path):
+    pixels = saved(tmp_path / "a.jpg", RGB, quality=90)
+    assert (pixels == np.array(Image.open(tmp_path / "a.jpg"))).all()
+
+
+def test_a_gif_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    pixels = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert (pixels == (255, 0, 0)).all() and pixels.shape == (4, 4, 3)
+
+
+def test_greyscale_and_bilevel_become_three_equal_channels(tmp_path):
+    assert grey(saved(tmp_path / "grey.png", np.array([[0, 7, 255]], np.uint8))) == [[0, 7, 255]]
+    assert grey(saved(tmp_path / "bits.png", Image.fromarray(np.array([[True, False]])))) == [[255, 0]]
+
+
+def test_a_palette_gives_its_colours(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    assert saved(tmp_path / "a.png", image).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    pixels = saved(tmp_path / "p.png", palette, transparency=bytes([0, 255]))
+    assert pixels.tolist() == [[[255, 255, 255], [200, 100, 50]]]
+    rgba = np.array([[[0, 0, 0, 0], [9, 8, 7, 255], [0, 0, 0, 128]]], np.uint8)
+    pixels = saved(tmp_path / "rgba.png", rgba)
+    assert pixels.tolist() == [[[255, 255, 255], [9, 8, 7], [127, 127, 127]]]
+    bands = [Image.fromarray(np.array([values], np.uint8)) for values in ([0, 9], [0, 255])]
+    assert grey(saved(tmp_path / "la.png", Image.merge("LA", bands))) == [[255, 9]]
+    assert grey(saved(tmp_path / "key.png", np.array([[0, 9]], np.uint8), transparency=0)) == [[255, 9]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path, name):
+    values = np.array([[0, 256, 257 * 7, 32768, 65535]], np.uint16)
+    assert grey(saved(tmp_path / name, values)) == [[0, 1, 7, 128, 255]]
+
+
+def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
+    assert grey(saved(tmp_path / "a.png", np.array([[0, 255]], np.uint16))) == [[0, 1]]
+
+
+def test_big_endian_and_inverted_sixteen_bit_tiffs_keep_their_brightness(tmp_path):
+    big = Image.frombytes("I;16B", (3, 1), np.array([0, 257, 65535], ">u2").tobytes())
+    assert grey(saved(tmp_path / "big.tif", big)) == [[0, 1, 255]]
+    inverted = np.array([[0, 257, 65535]], np.uint16)
+    assert grey(saved(tmp_path / "inverted.tif", inverted, tiffinfo={262: 0})) == [[255, 254, 0]]
+
+
+def test_whole_numbers_of_32_bits_are_read_as_16_bits_if_they_fit(tmp_path):
+    assert grey(saved(tmp_path / "a.tif", np.array([[-5, 257, 65535]], np.int32))) == [[0, 1, 255]]
+    assert grey(saved(tmp_path / "b.tif", np.array([[0, 65536, 131072]], np.int32))) == [[0, 128, 255]]
+
+
+def test_floats_are_scaled_by_the_white_they_imply(tmp_path):
+    for white in (1, 255, 65535):
+        values = np.array([[0, 0.2, 1]], np.float32) * white
+        assert grey(saved(tmp_path / f"{white}.tif", values)) == [[0, 51, 255]]
+    odd = np.array([[np.nan, -1, np.inf, 1]], np.float32)
+    assert grey(saved(tmp_path / "odd.tif", odd)) == [[0, 0, 0, 255]]
+
+
+def test_cmyk_jpegs_keep_their_brightness(tmp_path):
+    bright = Image.new("RGB", (8, 8), (200, 30, 90)).convert("CMYK")
+    pixels = saved(tmp_path / "a.jpg", bright, quality=95)  # Pillow writes Adobe's inverted form
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
+    assert abs(pixels.astype(int) - (200, 30, 90)).max() <= 2
+
+
+@pytest.mark.parametrize("orientation, turn", [
+    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
+    (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)), (8, np.rot90)])
+def test_exif_orientation_is_honoured(tmp_path, orientation, turn):
+    exif = Image.Exif()
+    exif[274] = orientation
+    assert np.array_equal(saved(tmp_path / "a.png", RGB, exif=exif), turn(RGB))
+    assert np.array_equal(saved(tmp_path / "a.tif", RGB, tiffinfo={274: orientation}), turn(RGB))
+    plain = saved(tmp_path / "plain.jpg", RGB)
+    assert np.array_equal(saved(tmp_path / "a.jpg", RGB, exif=exif), turn(plain))
+
+
+def test_broken_exif_does_not_cost_a_sound_image(tmp_path):
+    assert (saved(tmp_path / "a.png", RGB, exif=b"Exif\0\0garbage of a camera") == RGB).all()
+
+
+def png(array):
+    file = BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image, " * 40, png(RGB)[:60], png(RGB)[:20]])
+def test_an_unreadable_file_is_named_in_one_sentence(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        decoded(path)
+    assert str(error.value).startswith(f"{path} cannot be read as an image (")
+    assert str(error.value).endswith("): replace or remove it.") and "\n" not in str(error.value)
+
+
+def test_a_truncated_jpeg_is_an_error_not_half_grey(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
+        data.decode(path)
+
+
+def test_a_decompression_bomb_is_an_error_and_a_large_image_no_warning(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(RGB))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow warns above this, refuses twice this
+    assert (decoded(path) == RGB).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image .*54 pixels"):
+        data.decode(path)
+
+
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_decode_all_keeps_the_order_and_names_the_broken_file(tmp_path, workers):
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (i + 1, 2), (i, 0, 0)).save(path)
+    decoded = data.decode_all(paths, workers)
+    assert [(*image.shape, int(image[0].max())) for image in decoded] == [(3, 2, i + 1, i) for i in range(20)]
+    paths[7].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"7\.png cannot be read"):
+        data.decode_all(paths, workers)
+    assert data.decode_all([], workers) == []
+
+
+# Folders
+
+
+def test_val_selects_and_test_scores_where_both_exist(tmp_path):
+    counts = {"train/cat": 3, "train/dog": 2, "val/cat": 1, "val/dog": 1, "test/dog": 2}
+    root = images(tmp_path / "pets", counts)
+    pets = data.load(root)
+    assert (pets.name, len(pets.train), len(pets.val), len(pets.test)) == ("pets", 5, 2, 2)
+    assert (pets.test_name, pets.view, pets.train.classes) == ("test/", data.View(0.05, True), ("cat", "dog"))
+    assert pets.train.labels.tolist() == [0, 0, 0, 1, 1] and pets.train.labels.dtype == torch.int64
+    assert pets.val.images == [tmp_path / "pets/val/cat/0.png", tmp_path / "pets/val/dog/0.png"]
+
+
+@pytest.mark.parametrize("folder", ["test", "val", "valid", "validation", "Test"])
+def test_the_only_other_part_scores(tmp_path, folder):
+    root = images(tmp_path, {"train/a": 2, "train/b": 2, f"{folder}/a": 1, f"{folder}/b": 1, "samples/x": 3})
+    loaded = data.load(root)
+    assert (loaded.val, len(loaded.test), loaded.test_name) == (None, 2, f"{folder}/")
+
+
+@pytest.mark.parametrize("train", ["train/", ""])
+def test_without_a_test_part_a_stratified_fifth_is_held_out_and_said(tmp_path, caplog, train):
+    root = images(tmp_path, {f"{train}a": 10, f"{train}b": 20, f"{train}single": 1})
+    with caplog.at_level(logging.INFO):
+        loaded = data.load(root, seed=3)
+    assert loaded.test.labels.bincount().tolist() == [2, 4]
+    assert loaded.train.labels.bincount().tolist() == [8, 16, 1]
+    assert not {*loaded.train.images} & {*loaded.test.images}
+    assert loaded.test_name == "held-out 20 % of train" and loaded.val is None
+    assert "neither test/ nor val/: 6 of 31 images (20 %, stratified, seed 3) are held out" in caplog.text
+    assert data.load(root, seed=3).test.images == loaded.test.images != data.load(root, seed=4).test.images
+
+
+def test_class_numbers_come_from_train_when_the_test_part_lacks_a_class(tmp_path, caplog):
+    root = images(tmp_path, {"train/a": 1, "train/b": 1, "train/c": 1, "test/a": 1, "test/c": 2})
+    with caplog.at_level(logging.INFO):
+        test = data.load(root).test
+    assert test.labels.tolist() == [0, 2, 2] and test.classes == ("a", "b", "c")
+    assert "has no images of b; class numbers stay those of train." in caplog.text
+
+
+def test_files_are_found_below_their_class_in_any_case_and_sorted(tmp_path, caplog):
+    root = tmp_path
+    images(root, {"train/a": 1, "train/b": 1, "test/a": 1, "train/a/deep/er": 1})
+    for name in "Z.JPG y.jpeg .hidden.png x.Tiff w.gif v.webp u.bmp notes.txt clip.mp4".split():
+        (root / "train/a" / name).touch()
+    images(root, {"train": 1, "train/.cache": 1})
+    train = data.load(str(root)).train
+    names = "a/0.png a/Z.JPG a/deep/er/0.png a/u.bmp a/v.webp a/w.gif a/x.Tiff a/y.jpeg b/0.png"
+    assert train.images == [root / "train" / name for name in names.split()]
+    assert "1 files with other suffixes are ignored (1 .mp4)" in caplog.text
+    assert "1 images lie outside of the class folders" in caplog.text
+
+
+@pytest.mark.parametrize("counts, message", [
+    ({"train/a": 1, "train/b": 1, "test/A": 1}, r"test.A is a class that train lacks; there: a, b\."),
+    ({"train/a": 1, "train/b": 0, "test/a": 1}, r"train.b holds no images \(.*: fill this class folder"),
+    ({"train/a": 1, "train/b": 1, "test/b": 0}, r"test holds no images in its class folders"),
+    ({"train/a": 5}, r"train has one class only, a \(5 images\): training needs two or more\."),
+    ({"a": 5}, r"has one class only, a "),
+    ({"a": 1, "b": 1}, r"no test part and one image in each class"),
+    ({"train": 3}, r"train holds 3 images and no class folders\. Expected DIR/train/CLASS"),
+    ({"": 4}, r"holds 4 images and no class folders\. Expected DIR/train/CLASS"),
+    ({"test/a": 1, "test/b": 1}, r"has test/ but no train/\. Expected DIR/train/CLASS"),
+    ({"train/a": 1, "val/a": 1, "valid/a": 1}, r"has both val/ and valid/: keep one of them as val/\."),
+    ({"one/train/a": 1, "two/train/a": 1}, r"not a set of images itself but holds one: give .*one\.$")])
+def test_a_folder_that_cannot_be_meant_is_explained(tmp_path, counts, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(images(tmp_path, counts))
+
+
+def test_what_is_neither_a_named_set_nor_a_folder_is_said_with_the_nearest_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("cifar-10")
+    assert str(error.value) == ("cifar-10 is neither a named set (cifar10, cifar100, digits) nor a folder that exists. "
+                                "Did you mean cifar10?")
+    with pytest.raises(FileNotFoundError, match=r"nor a folder that exists\.$"):
+        data.load(str(tmp_path / "absent"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; expected a folder \(DIR/train/CLASS"):
+        data.load(str(tmp_path / "file"))
+
+
+# Splits
+
+
+def test_stratified_holds_out_its_share_of_every_class():
+    labels = torch.arange(1000) % 4
+    kept, held = data.stratified(labels, 0.1, seed=5)
+    assert labels[held].bincount().tolist() == [25] * 4
+    assert torch.cat([kept, held]).sort().values.tolist() == list(range(1000))
+    assert held.tolist() == sorted(held.tolist()) and kept.tolist() == sorted(kept.tolist())
+    assert torch.equal(held, data.stratified(labels, 0.1, seed=5)[1])
+    assert not torch.equal(held, data.stratified(labels, 0.1, seed=6)[1])
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_each_class_of_two_keeps_one_on_each_side_and_a_single_image_is_kept(fraction):
+    kept, held = data.stratified(torch.tensor([3, 0, 0, 1, 3]), fraction, seed=0)
+    assert torch.tensor([3, 0, 0, 1, 3])[kept].sort().values.tolist() == [0, 1, 3]
+    assert len(held) == 2
+    with pytest.raises(ValueError, match="more than 0 and less than 1"):
+        data.stratified(torch.tensor([0, 0]), 1.0, seed=0)
+
+
+def test_val_fraction_is_taken_from_train_alone(tmp_path, caplog):
+    root = images(tmp_path, {"train/a": 10, "train/b": 10, "test/a": 1, "test/b": 1})
+    whole, loaded = data.load(root), data.load(root, val_fraction=0.3, seed=1)
+    assert loaded.val.labels.tolist() == [0] * 3 + [1] * 3 and loaded.test.images == whole.test.images
+    assert sorted(loaded.train.images + loaded.val.images) == whole.train.images
+    images(tmp_path, {"val/a": 1})
+    loaded = data.load(root, val_fraction=0.3)
+    assert (len(loaded.train), len(loaded.val)) == (20, 1)
+    assert "val_fraction 0.3 is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_an_impossible_val_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match="the share of train to hold out is 0 to below 1"):
+        data.load("digits", val_fraction=fraction)
+
+
+def test_a_subset_keeps_the_given_order_for_tensors_and_for_files(tmp_path):
+    labels, classes = torch.tensor([0, 1, 2]), ("a", "b", "c")
+    pixels = data.Split(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), labels, classes).subset([2, 0])
+    files = data.Split([tmp_path / name for name in "xyz"], labels, classes).subset(torch.tensor([2, 0]))
+    assert pixels.images.flatten().tolist() == pixels.labels.tolist() == [2, 0]
+    assert [path.name for path in files.images] == ["z", "x"] and files.classes == classes and len(files) == 2
+
+
+# Named sets
+
+
+def test_digits_are_scaled_to_bytes_and_their_test_part_does_not_depend_on_the_seed():
+    digits, other = data.load("digits", seed=1), data.load("digits", seed=2, val_fraction=0.1)
+    assert digits.train.images.shape == (1438, 3, 8, 8) and digits.train.images.dtype == torch.uint8
+    assert sorted(digits.train.images.unique().tolist()) == [round(value * 255 / 16) for value in range(17)]
+    assert digits.train.images[0, :, 0].tolist() == [[0, 0, 80, 207, 143, 16, 0, 0]] * 3
+    assert digits.train.classes == tuple("0123456789") and digits.view == data.View(min_area=0.6, flip=False)
+    assert torch.equal(digits.test.images, other.test.images) and len(digits.test) == 359
+    assert len(other.train) + len(other.val) == 1438
+    assert digits.test.labels.bincount().min() == 35
+
+
+def unpacked_cifar(root, cifar, label_key, names):
+    """CIFAR's pickles with two images each; the values of image i of file f are 10 f + i."""
+    folder = root / cifar.base_folder
+    folder.mkdir(parents=True)
+    for f, (name, _) in enumerate(cifar.train_list + cifar.test_list):
+        pixels = np.full((2, 3072), 10 * f, np.uint8) + np.array([[0], [1]], np.uint8)
+        pixels[:, 1:3] = 201, 202  # the second and third pixel of red
+        with open(folder / name, "wb") as file:
+            pickle.dump({"data": pixels, label_key: [0, 1]}, file)
+    with open(folder / cifar.meta["filename"], "wb") as file:
+        pickle.dump({cifar.meta["key"]: names}, file)
+
+
+@pytest.mark.parametrize("name, cifar, key, batches", [
+    ("cifar10", datasets.CIFAR10, "labels", 5), ("cifar100", datasets.CIFAR100, "fine_labels", 1)])
+def test_unpacked_cifar_is_read_without_a_network(tmp_path, monkeypatch, name, cifar, key, batches):
+    unpacked_cifar(tmp_path, cifar, key, ["frog", "ship"])
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", None)
+    loaded = data.load(name, data_dir=str(tmp_path))
+    assert loaded.train.images.shape == (2 * batches, 3, 32, 32) and loaded.train.classes == ("frog", "ship")
+    assert loaded.train.labels.tolist() == [0, 1] * batches and loaded.train.images.dtype == torch.uint8
+    assert loaded.test.images[:, 1, 4, 5].tolist() == [10 * batches, 10 * batches + 1]
+    assert loaded.test.images[0, 0, 0, :3].tolist() == [10 * batches, 201, 202]
+    assert (loaded.val, loaded.test_name, loaded.view) == (None, "test", data.View())
+
+
+def test_a_failed_download_says_what_was_tried_and_where_to_put_the_files(tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refused)
+    with pytest.raises(OSError) as error:
+        data.load("cifar10", data_dir=str(tmp_path))
+    assert str(error.value) == (
+        f"CIFAR10 is not in {tmp_path}; downloading https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz failed "
+        "(<urlopen error no route to host>). Put cifar-10-python.tar.gz or its folder cifar-10-batches-py/ there by hand.")
+
+
+def test_a_row_of_the_table_is_all_that_a_named_set_needs(monkeypatch, tmp_path):
+    split = data.Split(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), ("a", "b"))
+    row = data.NamedSet(lambda data_dir: (split, split), data.View(0.3), "test", "two classes")
+    monkeypatch.setitem(data.NAMED, "tiny", row)
+    loaded = data.load("tiny", data_dir=str(tmp_path), val_fraction=0.5)
+    assert (len(loaded.train), len(loaded.val), len(loaded.test), loaded.view.min_area) == (2, 2, 4, 0.3)

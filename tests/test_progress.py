@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from utils.progress import LATE, Progress
+from utils.step import StepResult
+
+
+class Recorder:
+    def __init__(self):
+        self.lines = []
+
+    def log(self, step, **values):
+        self.lines.append((step, values))
+
+
+def result(loss=1.0, finite=1.0, scale=1.0):
+    return StepResult(*(torch.tensor(v) for v in (loss, 0.5, 2.0, finite, scale)))
+
+
+def follow(results, scaled=False):
+    run = Recorder()
+    progress = Progress(run, len(results), 8, scaled)
+    for step, one in enumerate(results, start=1):
+        progress.add(step, 0.1 * step, one)
+    progress.flush()
+    return run, progress
+
+
+def test_every_update_is_logged_once_with_its_own_numbers():
+    run, _ = follow([result(loss=float(i)) for i in range(12)])
+    assert [step for step, _ in run.lines] == list(range(1, 13))
+    assert [values["train_loss"] for _, values in run.lines] == list(range(12))
+    assert run.lines[3][1]["train_lr"] == pytest.approx(0.4)
+    assert [step for step, values in run.lines if "train_images_per_second" in values] == [10, 12]
+
+
+def test_an_update_is_read_a_few_steps_late():
+    run = Recorder()
+    progress = Progress(run, 100, 8, scaled=False)
+    for step in range(1, LATE + 1):
+        progress.add(step, 0.1, result())
+    assert run.lines == []
+    progress.add(LATE + 1, 0.1, result())
+    assert [step for step, _ in run.lines] == [1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_true_step():
+    with pytest.raises(FloatingPointError, match=r"Update 3 .* the loss was not finite \(learning rate 0.3\)"):
+        follow([result(), result(), result(float("nan"), 0.0), result(), result(), result(), result(), result()])
+    with pytest.raises(FloatingPointError, match="Update 2 was not made: the gradient was not finite"):
+        follow([result(), result(finite=0.0)])
+
+
+def test_overflows_under_a_loss_scale_are_counted_and_the_run_goes_on(caplog):
+    caplog.set_level("INFO")
+    _, progress = follow([result(finite=0.0, scale=2.0**16), result(scale=2.0**15)], scaled=True)
+    progress.close()
+    assert "1 of 2 updates overflowed in float16" in caplog.text
+
+
+def test_a_loss_scale_below_one_stops_the_run():
+    with pytest.raises(FloatingPointError, match=r"Update 2 .* the loss scale fell to 0.5.*--precision bf16"):
+        follow([result(finite=0.0, scale=1.0), result(finite=0.0, scale=0.5)], scaled=True)
+
+
+def test_evaluations_do_not_count_as_training_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("utils.progress.time.perf_counter", lambda: now[0])
+    run = Recorder()
+    progress = Progress(run, 10, 8, scaled=False)
+    for step in range(1, 11):
+        now[0] += 1.0
+        progress.add(step, 0.1, result())
+        if step == 5:
+            with progress.paused():
+                now[0] += 100.0
+    progress.flush()
+    assert run.lines[-1][1]["train_images_per_second"] == pytest.approx(8.0)
