@@ -153,6 +153,8 @@ def summarise(settings, dataset, model, origin, device, precision, folder) -> No
         "output": str(folder),
     }.items():
         log.info("%-8s %s", what, text)
+    if s.fp16_opt_level != "O2":
+        log.info("--fp16_opt_level was apex's and decides nothing any more: --fp16 is PyTorch's own autocast.")
     if dataset.val is None:
         log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
                     "choice use --val_fraction 0.1.")
@@ -168,14 +170,17 @@ def main(argv: list[str] | None = None) -> dict:
     """The command line. An error is one sentence and exit code 2; --debug shows its traceback."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    debug = False
     try:
+        settings = parse(argv)
+        debug = settings.debug
         with logging_redirect_tqdm():
-            return train(parse(argv))
+            return train(settings)
     except torch.OutOfMemoryError as error:
         problem = f"The GPU's memory is full ({str(error).splitlines()[0]}) Try more --gradient_accumulation_steps."
     except (ValueError, OSError, FloatingPointError) as error:
         problem = str(error)
-        if "--debug" in (sys.argv if argv is None else argv):
+        if debug:
             raise
     print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)

@@ -235,7 +235,7 @@ def test_class_numbers_come_from_train_when_the_test_part_lacks_a_class(tmp_path
 def test_files_are_found_below_their_class_in_any_case_and_sorted(tmp_path, caplog):
     root = tmp_path
     images(root, {"train/a": 1, "train/b": 1, "test/a": 1, "train/a/deep/er": 1})
-    for name in "Z.JPG y.jpeg .hidden.png x.Tiff w.gif v.webp u.bmp notes.txt clip.mp4".split():
+    for name in ["Z.JPG", "y.jpeg", ".h.png", "x.Tiff", "w.gif", "v.webp", "u.bmp", "notes.txt", "clip.mp4"]:
         (root / "train/a" / name).touch()
     images(root, {"train": 1, "train/.cache": 1})
     train = data.load(str(root)).train
@@ -265,8 +265,8 @@ def test_a_folder_that_cannot_be_meant_is_explained(tmp_path, counts, message):
 def test_what_is_neither_a_named_set_nor_a_folder_is_said_with_the_nearest_name(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         data.load("cifar-10")
-    assert str(error.value) == ("cifar-10 is neither a named set (cifar10, cifar100, digits) nor a folder that exists. "
-                                "Did you mean cifar10?")
+    assert str(error.value) == ("cifar-10 is neither a named set (cifar10, cifar100, digits) nor a folder "
+                                "that exists. Did you mean cifar10?")
     with pytest.raises(FileNotFoundError, match=r"nor a folder that exists\.$"):
         data.load(str(tmp_path / "absent"))
     (tmp_path / "file").touch()
@@ -370,8 +370,8 @@ def test_a_failed_download_says_what_was_tried_and_where_to_put_the_files(tmp_pa
     with pytest.raises(OSError) as error:
         data.load("cifar10", data_dir=str(tmp_path))
     assert str(error.value) == (
-        f"CIFAR10 is not in {tmp_path}; downloading https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz failed "
-        "(<urlopen error no route to host>). Put cifar-10-python.tar.gz or its folder cifar-10-batches-py/ there by hand.")
+        f"CIFAR10 is not in {tmp_path}; downloading {datasets.CIFAR10.url} failed (<urlopen error no "
+        "route to host>). Put cifar-10-python.tar.gz or the folder cifar-10-batches-py there by hand.")
 
 
 def test_a_row_of_the_table_is_all_that_a_named_set_needs(monkeypatch, tmp_path):

@@ -129,8 +129,9 @@ def _cifar(data_dir: Path, name: str) -> tuple[Split, Split]:
         try:
             parts = [cifar(data_dir, train=part, download=True) for part in (True, False)]
         except (OSError, RuntimeError, EOFError) as error:
-            raise OSError(f"{name} is not in {data_dir}; downloading {cifar.url} failed ({error}). "
-                          f"Put {cifar.filename} or its folder {cifar.base_folder}/ there by hand.") from error
+            raise OSError(
+                f"{name} is not in {data_dir}; downloading {cifar.url} failed ({error}). "
+                f"Put {cifar.filename} or the folder {cifar.base_folder} there by hand.") from error
     train, test = (Split(torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))),
                          torch.tensor(part.targets), tuple(part.classes)) for part in parts)
     return train, test

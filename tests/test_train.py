@@ -1,0 +1,202 @@
+"""Whole runs through `main(argv)`, as a user starts them, on tiny images that the tests write."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from models import exchange
+from models.modeling import VisionTransformer
+from models.npz import save_npz
+from utils import data
+from utils.augment import evaluation_taps, view
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    model = VisionTransformer(tiny_config, 16, 7)
+    save_npz(model, tmp_path / "tiny.npz")
+    return tmp_path / "tiny.npz"
+
+
+@pytest.fixture
+def start(image_folder, checkpoint, tmp_path):
+    """start("--flag", value ...) -> main's result, for a run of ten updates of twelve images."""
+    def run(*argv, name="run"):
+        flags = {"--dataset": image_folder, "--pretrained_dir": checkpoint, "--img_size": 16, "--num_steps": 10,
+                 "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4, "--output_dir": tmp_path / "output",
+                 "--name": name, "--learning_rate": 0.1, "--precision": "fp32", "--device": "cpu"}
+        return train.main([str(word) for pair in flags.items() for word in pair] + [str(word) for word in argv])
+    return run
+
+
+def metrics(result):
+    return [json.loads(line) for line in (result["folder"] / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(result, name):
+    return {event["step"]: event["value"] for event in metrics(result) if event["name"] == name}
+
+
+def error_of(capsys, call, *argv):
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_a_run_learns_evaluates_on_time_and_at_the_end(start):
+    result = start("--num_steps", 60, "--warmup_steps", 5, "--eval_every", 25)
+    losses = values(result, "train/loss")
+    assert losses[1] == losses[2] == pytest.approx(math.log(3), abs=1e-6)  # zero head; the first update has rate zero
+    assert losses[60] < 0.3 and result["last"].accuracy == 1.0 and result["last"].images == 12
+    assert list(values(result, "test/accuracy")) == [25, 50, 60]
+    rates = values(result, "train/lr")
+    assert rates[1] == 0 and rates[6] == pytest.approx(0.1) and list(rates) == list(range(1, 61))
+
+
+def test_the_output_loads_back_with_the_run_s_own_accuracy(start, image_folder):
+    result = start("--num_steps", 30, "--eval_every", 7)
+    for kind in ("best", "last"):
+        path = result["folder"] / f"{kind}.safetensors"
+        about, model = exchange.read_metadata(path), exchange.load(path).eval()
+        assert about["classes"] == ["blue", "green", "red"] and about["finetuned_from"]["name"] == "tiny.npz"
+        assert len(about["finetuned_from"]["sha256"]) == 64 and about["settings"]["learning_rate"] == 0.1
+        test = data.load(str(image_folder)).test
+        images = torch.stack(data.decode_all(test.images))
+        with torch.no_grad():
+            logits = model(view(images, *evaluation_taps(np.full((len(images), 2), 16), (16, 16))))
+        accuracy = (logits.argmax(1) == test.labels).float().mean().item()
+        assert accuracy == pytest.approx(result[kind].accuracy) == pytest.approx(about["accuracy"]["test"])
+        loss = torch.nn.functional.cross_entropy(logits, test.labels).item()
+        assert loss == pytest.approx(result[kind].loss, rel=1e-5)
+
+
+def test_a_run_is_a_function_of_its_settings(start):
+    first, second, other = start(name="a"), start(name="b"), start("--seed", 1, name="c")
+    weights = [exchange.load(r["folder"] / "last.safetensors").state_dict() for r in (first, second, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert values(first, "train/loss") == values(second, "train/loss") != values(other, "train/loss")
+
+
+def test_evaluating_more_often_changes_no_update(start):
+    first, second = start(name="a"), start("--eval_every", 1, "--eval_batch_size", 5, name="b")
+    assert values(first, "train/loss") == values(second, "train/loss")
+    assert first["last"].loss == pytest.approx(second["last"].loss, rel=1e-6)
+
+
+def test_micro_batches_see_the_same_images_and_make_the_same_updates(start):
+    whole, split = start(name="a"), start("--gradient_accumulation_steps", 4, name="b")
+    assert values(whole, "train/loss") == pytest.approx(values(split, "train/loss"), rel=1e-4)
+    assert whole["last"].loss == pytest.approx(split["last"].loss, rel=1e-4)
+
+
+def test_best_is_chosen_on_the_held_out_part_and_the_test_set_is_scored_at_the_end(start, capsys):
+    result = start("--val_fraction", 0.25, "--eval_every", 2)
+    on_val = values(result, "val/accuracy")
+    assert list(on_val) == [2, 4, 6, 8, 10] and values(result, "test/accuracy") == {}
+    best = exchange.read_metadata(result["folder"] / "best.safetensors")
+    assert best["accuracy"]["val"] == max(on_val.values()) == on_val[best["step"]]
+    out = capsys.readouterr().out
+    assert "27 train, 9 val, 12 test/" in out and "on the held-out part" in out and "Nothing is held out" not in out
+
+
+def test_without_a_held_out_part_it_is_said_once_that_best_was_picked_on_the_test_set(start, capsys):
+    start()
+    out = capsys.readouterr().out
+    assert out.count("Nothing is held out: `best` will be picked on the test set") == 1
+    assert out.index("last  ") < out.index("best  ") and "on this same test set" in out
+
+
+def test_from_scratch_needs_no_checkpoint(start):
+    result = start("--pretrained_dir", "none", "--model_type", "ViT-demo", "--num_steps", 2, "--warmup_steps", 0)
+    about = exchange.read_metadata(result["folder"] / "last.safetensors")
+    assert about["finetuned_from"] == {} and about["config"]["name"] == "ViT-demo"
+
+
+def test_fp16_on_a_cpu_says_what_it_uses_and_goes_on(start, capsys):
+    result = start("--fp16", "--precision", "auto")
+    assert "A CPU has no use for float16" in capsys.readouterr().out and result["last"].images == 12
+
+
+def test_dropout_and_views_can_be_set_by_flag(start):
+    result = start("--dropout", 0.2, "--min_area", 0.9, "--no_flip")
+    about = exchange.read_metadata(result["folder"] / "last.safetensors")
+    assert about["config"]["dropout_rate"] == 0.2
+    assert values(result, "train/loss") != values(start(name="plain"), "train/loss")
+
+
+def test_every_optimiser_and_decay_trains(start):
+    for optimizer, rate in (("sgd", 0.1), ("adam", 0.003), ("adamw", 0.003)):
+        result = start("--optimizer", optimizer, "--learning_rate", rate, "--decay_type", "linear", "--weight_decay",
+                       0.01, "--num_steps", 20, name=optimizer)
+        losses = values(result, "train/loss")
+        assert losses[20] < 0.8 * losses[1]
+
+
+def test_the_position_embedding_is_resized_to_the_images(start):
+    result = start("--img_size", "24,16", "--num_steps", 1, "--warmup_steps", 0)
+    assert exchange.load(result["folder"] / "last.safetensors").grid == (6, 4)
+
+
+def test_a_learning_rate_that_explodes_stops_with_the_step_and_advice(start, capsys):
+    message = error_of(capsys, start, "--learning_rate", 1e38, "--max_grad_norm", 0, "--warmup_steps", 0)
+    assert "Update " in message and "was not made" in message and "--learning_rate" in message
+
+
+def test_an_existing_run_is_not_overwritten_without_being_asked(start, capsys):
+    result = start()
+    before = (result["folder"] / "metrics.jsonl").read_bytes()
+    assert "holds a run already" in error_of(capsys, start)
+    assert (result["folder"] / "metrics.jsonl").read_bytes() == before
+    start("--overwrite")
+
+
+def test_the_default_name_says_data_model_and_size(start, tmp_path):
+    result = train.main(["--dataset", str(tmp_path / "images"), "--pretrained_dir", str(tmp_path / "tiny.npz"),
+                         "--output_dir", str(tmp_path / "o"), "--num_steps", "1", "--warmup_steps", "0",
+                         "--train_batch_size", "4", "--img_size", "16", "--device", "cpu"])
+    assert result["folder"] == tmp_path / "o" / "images-custom-16"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--dataset", "cifar1"], "neither a named set"), (["--model_type", "ViT-B_16"], "not ViT-B_16"),
+    (["--model_type", "ViT-Q"], "no model 'ViT-Q'"), (["--train_batch_size", 10, "--gradient_accumulation_steps", 3],
+                                                      "--train_batch_size 10 cannot be split"),
+    (["--pretrained_dir", "weights.txt"], "weights.txt"), (["--img_size", 2], "smaller than one patch"),
+    (["--learning_rate", "nan"], "--learning_rate is nan")])
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(start, capsys, tmp_path, argv, words):
+    assert words in error_of(capsys, start, *argv)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_truncated_checkpoint_is_one_sentence(start, checkpoint, capsys):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "is not a complete .npz file" in error_of(capsys, start)
+
+
+def test_a_broken_image_is_named(start, image_folder, capsys):
+    (image_folder / "train" / "red" / "3.png").write_bytes(b"text")
+    assert "3.png cannot be read as an image" in error_of(capsys, start)
+
+
+def test_debug_shows_the_traceback(start):
+    with pytest.raises(ValueError, match="no model"):
+        start("--model_type", "ViT-Q", "--debug")
+
+
+def test_every_setting_is_read_somewhere():
+    """A flag that nothing reads is a promise that nothing keeps."""
+    root = Path(train.__file__).parent
+    code = "".join(path.read_text() for path in (root / "train.py", *(root / "utils").glob("*.py"))
+                   if path.name != "settings.py")
+    from dataclasses import fields
+    unread = {f.name for f in fields(train.Settings) if f"settings.{f.name}" not in code and f"s.{f.name}" not in code}
+    assert unread == {"recipe"}  # used up while the settings are made
