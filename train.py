@@ -81,8 +81,8 @@ def train(settings: Settings) -> dict:
     with Run(folder, asdict(settings)) as run:
         about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
         with attention_kernel(model, device, precision):
-            last, best = fit(settings, model, batches, selection, selects, precision, run, about)
-        return finish(run, model, test, last, best, selects)
+            last, best, found = fit(settings, model, batches, selection, selects, precision, run, about)
+        return finish(run, model, test, last, best, selects, found)
 
 
 def fit(settings: Settings, model, batches, selection, selects: str, precision, run: Run, about: dict):
@@ -100,7 +100,7 @@ def fit(settings: Settings, model, batches, selection, selects: str, precision, 
         progress.add(step, lr, result)
         if step % settings.eval_every == 0 or step == settings.num_steps:
             with progress.paused():
-                found = evaluate(model, selection, precision)
+                found = evaluate(model, selection, precision if step < settings.num_steps else torch.float32)
                 run.log(step, **{f"{selects}_accuracy": found.accuracy, f"{selects}_loss": found.loss})
                 progress.say(f"{selects} accuracy {found.accuracy:.2%}, loss {found.loss:.4f}")
                 last = {**about, "step": step, "accuracy": {selects: found.accuracy}}
@@ -109,19 +109,26 @@ def fit(settings: Settings, model, batches, selection, selects: str, precision, 
                     best = last
                     run.save("best", model, **best)
     progress.close()
-    return last, best
+    return last, best, found
 
 
-def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, selects: str) -> dict:
-    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
-    scores = {}
+def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, selects: str, found) -> dict:
+    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them.
+
+    found: the loop's last evaluation, in float32 already; it is not repeated where it was on the test set.
+    """
+    scores = {"last": found if selects == "test" else evaluate(model, test)}
     for kind, about in (("last", last), ("best", best)):
-        if kind == "best" and best["step"] != last["step"]:
+        if kind == "best" and best["step"] == last["step"]:
+            scores["best"] = scores["last"]
+        elif kind == "best":
             model.load_state_dict(exchange.load(run.folder / "best.safetensors").state_dict())
-        same = kind == "best" and best["step"] == last["step"]
-        score = scores[kind] = scores["last"] if same else evaluate(model, test)
+            scores["best"] = evaluate(model, test)
+        score = scores[kind]
         run.save(kind, model, **{**about, "accuracy": {**about["accuracy"], "test": score.accuracy}})
-        run.log(about["step"], **{f"{kind}_test_accuracy": score.accuracy, f"{kind}_test_loss": score.loss})
+        name = "best_test" if kind == "best" else "test"
+        if kind == "best" or selects == "val":  # else the loop has logged it
+            run.log(about["step"], **{f"{name}_accuracy": score.accuracy, f"{name}_loss": score.loss})
     why = {"last": "the end of the run",
            "best": f"best of the evaluations on {'the held-out part' if selects == 'val' else 'this same test set'}, "
                    f"{best['accuracy'][selects]:.2%}"}
@@ -141,11 +148,11 @@ def summarise(settings, dataset, model, origin, device, precision, folder) -> No
     for what, text in {
         "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                  f"{model.img_size[0]} x {model.img_size[1]} px, dropout {model.config.dropout_rate:g}",
-        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random (from scratch)",
+        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
         "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
                 f"{len(dataset.train.classes)} classes",
         "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
-                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.1f} epochs",
+                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
         "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
                   f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
         "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 
+ROOT = Path(train.__file__).parent
 STEPS = ["--dataset", "digits", "--model_type", "ViT-demo", "--num_steps", "150", "--warmup_steps", "15",
          "--train_batch_size", "64", "--val_fraction", "0.1", "--eval_every", "50", "--eval_batch_size", "256",
          "--output_dir", str(ROOT / "output"), "--overwrite"]

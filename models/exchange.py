@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from models.configs import CONFIGS, get_config, replace
 from models.modeling import VisionTransformer, grid_size
-from models.npz import Row, _check, _check_keys, _fill, _structure, load_npz, native_size
+from models.npz import Row, check_config, fill_model, load_npz, structure
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def config_of(file: Tensors, asked: FrozenConfigDict | None = None, google: bool
     """The configuration of a file: from our header, else from the shapes and from a `config.json` beside it."""
     if file.record:
         try:
-            return replace(CONFIGS["ViT-B_16"], **file.record["config"])
+            return replace(CONFIGS["ViT-B_16"], **_tuples(file.record["config"]))
         except KeyError as error:
             raise ValueError(f"{file.path} was written by another version of this toolkit: {error}.") from error
     shapes = file.shapes
@@ -124,8 +124,8 @@ def config_of(file: Tensors, asked: FrozenConfigDict | None = None, google: bool
     found = dict(patch_size=(patch_h, patch_w), hidden_size=width, mlp_dim=mlp, num_layers=1 + max(blocks),
                  resnet=_stem_of(shapes))
     card = {} if google else _card(file.path)
-    same = next((c for c in CONFIGS.values() if _structure(FrozenConfigDict({**found, "num_heads": c.num_heads}))
-                 == _structure(c)), None)
+    same = next((c for c in CONFIGS.values() if structure(FrozenConfigDict({**found, "num_heads": c.num_heads}))
+                 == structure(c)), None)
     heads = card.get("num_attention_heads") or (asked or same or {}).get("num_heads")
     if heads is None:
         raise ValueError(f"{file.path} does not tell its number of attention heads, and no published model has its "
@@ -136,6 +136,13 @@ def config_of(file: Tensors, asked: FrozenConfigDict | None = None, google: bool
     return replace(config, classifier="token" if "cls_token" in shapes else "gap",
                    representation_size=shapes.get(PRE_LOGITS[1], (None,))[0],
                    **({} if google else _conventions(file, card)))
+
+
+def _tuples(value):
+    """JSON knows lists only; a configuration has tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _stem_of(shapes) -> dict | None:
@@ -169,7 +176,9 @@ def _conventions(file: Tensors, card: dict) -> dict:
         if card["hidden_act"] not in forms:
             raise ValueError(f"{file.path}: config.json beside it says hidden_act '{card['hidden_act']}'; "
                              f"known are {', '.join(forms)}.")
-        return {"gelu": forms[card["hidden_act"]], "norm_eps": card.get("layer_norm_eps", 1e-12)}
+        gelu, eps = forms[card["hidden_act"]], card.get("layer_norm_eps", 1e-12)
+        log.info("%s: config.json beside it says GELU form %s, norm epsilon %g.", file.path.name, gelu, eps)
+        return {"gelu": gelu, "norm_eps": eps}
     if "architecture" in card:  # timm
         pretrained = card.get("pretrained_cfg", {})
         pool, token = card.get("global_pool", "token"), "cls_token" in file.shapes
@@ -222,31 +231,12 @@ def load(path, *, img_size: int | tuple[int, int] | None = None, num_classes: in
     with Tensors(path) as file:
         found = config_of(file, config, google)
         if config is not None:
-            found = _check(found, config, path)
-        skipped = {}
-        classes = file.shapes.get("head.bias", (0,))[0]
-        if num_classes is not None:
-            classes, found = num_classes, replace(found, representation_size=None)
-            skipped |= {key: f"a new head of {num_classes} classes takes its place" for key in HEAD}
-            skipped |= {key: "fine-tuning drops it, as Google does" for key in PRE_LOGITS}
+            found = check_config(found, config, path)
         grid = _grid(file, found, img_size)
-        native = tuple(file.record["img_size"]) if file.record else native_size(found, grid)
-
-        with torch.device("meta"):
-            model = VisionTransformer(found, img_size or native, classes).to(dtype)
-        model.to_empty(device="cpu")
-        rows = _rows(model, file)
-        if num_classes:
-            rows = [row for row in rows if row.parameter not in HEAD]
-            torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
-        _check_keys(file, rows, skipped)
-        parameters = dict(model.named_parameters())
-        for row in rows:
-            _fill(parameters[row.parameter], row, file, found, grid, model.grid)
-    for key in skipped:
-        if key in file.shapes:
-            log.info("%s: '%s' not loaded: %s", path.name, key, skipped[key])
-    return model
+        if file.record:
+            img_size = img_size or tuple(file.record["img_size"])
+        return fill_model(file, found, grid, lambda model: _rows(model, file), head=HEAD, pre_logits=PRE_LOGITS,
+                          img_size=img_size, num_classes=num_classes, dtype=dtype)
 
 
 def _rows(model: VisionTransformer, file: Tensors) -> list[Row]:

@@ -184,23 +184,23 @@ def config_of(archive: Archive) -> FrozenConfigDict:
             "num_layers": tuple(max(int(m[2]) for m in units if m and int(m[1]) == i + 1)
                                 for i in range(max(stages, default=0))),
             "width_factor": shapes["conv_root/kernel"][-1] / 64}
-    config = next((c for c in CONFIGS.values() if _structure(c) == _structure(FrozenConfigDict(found))), None)
+    config = next((c for c in CONFIGS.values() if structure(c) == structure(FrozenConfigDict(found))), None)
     config = config or replace(CONFIGS["ViT-B_16"], name="custom", dropout_rate=0.0, **found)
     return replace(config, classifier="token" if "cls" in shapes else "gap",
                    representation_size=shapes["pre_logits/bias"][0] if "pre_logits/bias" in shapes else None)
 
 
-def _structure(config) -> dict:
+def structure(config) -> dict:
     """What the shapes of a file determine, by field."""
     fields = ("patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")
     resnet = config.resnet and (tuple(config.resnet.num_layers), float(config.resnet.width_factor))
     return {**{field: config[field] for field in fields}, "resnet": resnet}
 
 
-def _check(config, asked: FrozenConfigDict | str, path) -> FrozenConfigDict:
+def check_config(config, asked: FrozenConfigDict | str, path) -> FrozenConfigDict:
     """The file decides the structure; what was asked for must agree and may bring its own dropout rates."""
     asked = get_config(asked) if isinstance(asked, str) else asked
-    have, want = _structure(config), _structure(asked)
+    have, want = structure(config), structure(asked)
     if have != want:
         differs = ", ".join(f"{name} {have[name]} instead of {want[name]}" for name in have if have[name] != want[name])
         name = f"a {config.name}" if config.name in CONFIGS else "another model"
@@ -223,34 +223,38 @@ def load_npz(path, *, img_size: int | tuple[int, int] | None = None, num_classes
     with Archive(path) as archive:
         found = config_of(archive)
         if config is not None:
-            found = _check(found, config, path)
-        skipped = {}
-        if num_classes is None:
-            classes = archive.shapes.get("head/bias", (0,))[0]
-        else:
-            classes = num_classes
-            head = f"a new head of {num_classes} classes takes its place"
-            skipped |= {"head/kernel": head, "head/bias": head}
-            skipped |= dict.fromkeys(("pre_logits/kernel", "pre_logits/bias"), "fine-tuning drops it, as Google does")
-            found = replace(found, representation_size=None)
-        grid = _grid(archive, found)
-        native = native_size(found, grid)
-        skipped |= {"grid": "read as the shape of the position embedding"}
+            found = check_config(found, config, path)
+        return fill_model(archive, found, _grid(archive, found), table, head=("head/kernel", "head/bias"),
+                          pre_logits=("pre_logits/kernel", "pre_logits/bias"), img_size=img_size,
+                          num_classes=num_classes, dtype=dtype)
 
-        with torch.device("meta"):
-            model = VisionTransformer(found, img_size or native, classes).to(dtype)
-        model.to_empty(device="cpu")
-        rows = table(model)
-        if num_classes:
-            rows = [row for row in rows if row.parameter not in ("head.weight", "head.bias")]
-            torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
-        _check_keys(archive, rows, skipped)
-        parameters = dict(model.named_parameters())
-        for row in rows:
-            _fill(parameters[row.parameter], row, archive, found, grid, model.grid)
+
+def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of: Callable, *, head: tuple[str, str],
+               pre_logits: tuple[str, str], img_size, num_classes: int | None, dtype) -> VisionTransformer:
+    """A model whose every parameter is filled once from an open file; what is left out is said with its reason.
+
+    source: has `path`, `shapes` and `read(key)`; rows_of(model): the table; head, pre_logits: their keys in the file.
+    """
+    classes, skipped = source.shapes.get(head[1], (0,))[0], {"grid": "it tells the shape of the position embedding"}
+    if num_classes is not None:
+        classes, config = num_classes, replace(config, representation_size=None)
+        skipped |= dict.fromkeys(head, f"a new head of {num_classes} classes takes its place")
+        skipped |= dict.fromkeys(pre_logits, "fine-tuning drops it, as Google does")
+    with torch.device("meta"):  # no memory and no initial values for what the file fills anyway
+        model = VisionTransformer(config, img_size or native_size(config, grid), classes).to(dtype)
+    model.to_empty(device="cpu")
+    rows = rows_of(model)
+    if num_classes:
+        rows = [row for row in rows if not row.parameter.startswith("head.")]
+        torch.nn.init.zeros_(model.head.weight)
+        torch.nn.init.zeros_(model.head.bias)
+    _check_keys(source, rows, skipped)
+    parameters = dict(model.named_parameters())
+    for row in rows:
+        _fill(parameters[row.parameter], row, source, config, grid, model.grid)
     for key in skipped:
-        if key in archive.shapes:
-            log.info("%s: '%s' not loaded: %s", archive.path.name, key, skipped[key])
+        if key in source.shapes and key != "grid":
+            log.info("%s: '%s' not loaded: %s.", source.path.name, key, skipped[key])
     return model
 
 
@@ -351,6 +355,11 @@ def save_npz(model: VisionTransformer, path, *, dtype=None) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the arrays do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,10 +5,12 @@ converted and kept as the `.npz` that was asked for. Names: [FOLDER/]NAME.npz as
 folder is named.
 """
 
+import contextlib
 import difflib
 import logging
 import os
 import re
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from models import exchange
 from models.configs import get_config
 from models.modeling import grid_size
-from models.npz import Archive, _check, config_of, save_npz
+from models.npz import Archive, check_config, config_of, save_npz
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +225,7 @@ def fetch(path) -> Path:
     answers = []
     try:
         for source, get in sources:
-            log.info("%s is not here. Fetching %s ...", path, source)
+            log.info("%s is not here. Fetching %s ...", path.name, _address(source))
             try:
                 get(source, temporary, name)
                 _check_published(temporary, name)
@@ -236,8 +238,8 @@ def fetch(path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     raise FileNotFoundError("\n  ".join([f"{path} is not here, and no source gave it:", *answers]) + "\n"
-                            f"Put it by hand at {path.absolute()}, or name a copy of it (a hub's model.safetensors) with "
-                            "--pretrained_dir. checkpoint/README.md lists the copies.")
+                            f"Put it by hand at {path.absolute()}, or name a copy of it (a model.safetensors from "
+                            "a hub) with --pretrained_dir. checkpoint/README.md lists the copies.")
 
 
 def _from_bucket(address: str, target: Path, name: str) -> None:
@@ -276,7 +278,7 @@ def _check_published(path: Path, name: str) -> None:
     """ValueError: the file is not a whole `.npz`, or of another architecture or image size than its name says."""
     want, size = get_config(model_name(name)), image_size(name)
     with Archive(path) as archive:
-        _check(config_of(archive), want, path)
+        check_config(config_of(archive), want, path)
         tokens = archive.shapes["Transformer/posembed_input/pos_embedding"][1]
     rows, columns = grid_size(want, (size, size))
     if tokens != 1 + rows * columns:
@@ -296,10 +298,8 @@ def _hub() -> str:
 
 def _knock(address: str) -> None:
     """OSError: nobody answers there. Said at once; the hub's library tries six times, about half a minute."""
-    try:
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
 
 
 def _reason(error: Exception) -> str:
@@ -313,4 +313,6 @@ def _reason(error: Exception) -> str:
     error = getattr(error, "reason", error)  # urllib's wrapper around what went wrong
     if isinstance(error, TimeoutError):
         return f"no answer within {TIMEOUT} s"
+    if isinstance(error, socket.gaierror):
+        return f"no network, or no such server ({error.strerror})"
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -31,17 +31,18 @@ class Progress:
         self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1,
                         disable=None if sys.stderr.isatty() else True)
         self.started = time.perf_counter()
-        self.mark = (0, self.started)  # steps done, and when, at the last measurement of speed
+        self.done = 0      # the last step that was read
+        self.mark = None   # (step, moment) from which the speed is measured; none right after a pause
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
         """After update number `step` (the first is 1)."""
         numbers = torch.stack([value.detach().float() for value in result])
-        event = None
+        moment = time.perf_counter()
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending.append((step, lr, numbers, event))
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.pending.append((step, lr, numbers, moment))
         if len(self.pending) > LATE:
             self._read()
 
@@ -54,35 +55,39 @@ class Progress:
     def paused(self):
         """The time inside (an evaluation) does not count as training."""
         self.flush()
-        start = time.perf_counter()
         yield
-        self.mark = self.mark[0], self.mark[1] + time.perf_counter() - start
+        self.mark = None
 
     def say(self, text: str) -> None:
         """A line that stays: where the run is, and `text`."""
-        done, seconds = self.mark[0], time.perf_counter() - self.started
-        left = seconds / max(done, 1) * (self.total - done)
-        log.info("step %d/%d  loss %.4f  %s  %.0f images/s  %s left", done, self.total, self.loss, text, self.rate,
-                 tqdm.format_interval(left))
+        left = (time.perf_counter() - self.started) / max(self.done, 1) * (self.total - self.done)
+        log.info("step %d/%d  loss %.4f  %s  %.0f images/s  %s left", self.done, self.total, self.loss, text,
+                 self.rate, tqdm.format_interval(left))
 
     def _read(self) -> None:
-        step, lr, numbers, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
+        step, lr, numbers, moment = self.pending.popleft()
+        if isinstance(moment, torch.cuda.Event):
+            moment.synchronize()
         loss, accuracy, norm, finite, scale = numbers.tolist()
         values = {}
-        if step % 10 == 0 or step == self.total or not self.pending:
-            done, then = self.mark
-            now = time.perf_counter()
-            self.rate = (step - done) * self.batch_size / (now - then)
-            self.mark = step, now
-            values["train_images_per_second"] = self.rate
+        if self.mark is None:
+            self.mark = step, moment
+        elif step % 10 == 0 or step == self.total:
+            values["train_images_per_second"] = self.rate = self._speed(step, moment)
+        self.done = step
         self.run.log(step, train_loss=loss, train_accuracy=accuracy, train_lr=lr, train_grad_norm=norm, **values)
         self.loss = loss
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.rate:,.0f} images/s", refresh=False)
         if not finite:
             self._not_finite(step, lr, scale, loss)
+
+    def _speed(self, step: int, moment) -> float:
+        """Images a second since the last mark, by the device's own clock; sets the mark anew."""
+        before, then = self.mark
+        seconds = then.elapsed_time(moment) / 1000 if isinstance(moment, torch.cuda.Event) else moment - then
+        self.mark = step, moment
+        return (step - before) * self.batch_size / seconds
 
     def _not_finite(self, step, lr, scale, loss) -> None:
         if self.scaled and scale >= 1:

@@ -19,7 +19,7 @@ FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors
 
 
 class Run:
-    """An open run (a context): `log` values, `save` weights. Every file is written whole or not at all, or appended to."""
+    """An open run (a context): `log` values, `save` weights. A file is written whole or not at all, or appended to."""
 
     def __init__(self, folder: Path, settings: dict):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
