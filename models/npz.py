@@ -331,6 +331,18 @@ def google_zeroes_edge(old: int, new: int) -> bool:
     return old != new and new > 1 and (new - 1) * ((old - 1) / (new - 1)) > old - 1
 
 
+def google_arrays(model: VisionTransformer) -> dict[str, np.ndarray]:
+    """The parameters under Google's keys and in Google's shapes, as views of the model's own memory."""
+    parameters = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    arrays = {}
+    for row in table(model):
+        array = parameters[row.parameter]
+        if row.third is not None:
+            array = np.split(array, 3)[row.third]
+        arrays[row.key] = row.layout.google(array, model.config.num_heads)
+    return arrays
+
+
 def save_npz(model: VisionTransformer, path, *, dtype=None) -> None:
     """Writes Google's layout (old names, group norms (1, 1, 1, C)); atomic. dtype: numpy's, e.g. "float16"; None keeps.
 
@@ -342,14 +354,8 @@ def save_npz(model: VisionTransformer, path, *, dtype=None) -> None:
         if model.config[field] != google[field]:
             raise ValueError(f"An .npz cannot carry {field} = {model.config[field]}: Google's files mean "
                              f"{google[field]}. Save this model as .safetensors.")
-    parameters = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
-    arrays = {}
-    for row in table(model):
-        array = parameters[row.parameter]
-        if row.third is not None:
-            array = np.split(array, 3)[row.third]
-        array = row.layout.google(array, model.config.num_heads)
-        arrays[row.key] = np.ascontiguousarray(array, dtype=dtype or array.dtype)
+    arrays = {key: np.ascontiguousarray(array, dtype=dtype or array.dtype)
+              for key, array in google_arrays(model).items()}
     if model.grid[0] != model.grid[1]:
         arrays["grid"] = np.array(model.grid)
     path = Path(path)
