@@ -15,9 +15,9 @@ from models import configs, exchange, sources
 from models.modeling import VisionTransformer
 from utils import data
 from utils.batches import EvalBatches, TrainBatches, resident
-from utils.evaluation import evaluate
+from utils.evaluation import Metrics, evaluate
 from utils.optim import lr_at, make_optimizer
-from utils.progress import Progress
+from utils.progress import Progress, summarise
 from utils.runs import Run, check_free, sha256
 from utils.settings import Settings, parse
 from utils.step import attention_kernel, choose_device, choose_precision, make_scaler, train_step
@@ -55,10 +55,11 @@ def make_batches(settings: Settings, dataset: data.Data, model: VisionTransforme
     view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
     train = TrainBatches(resident(dataset.train, device), batch_size=settings.train_batch_size, seed=settings.seed,
                          training_view=view, **look)
-    test = EvalBatches(resident(dataset.test, device), batch_size=settings.eval_batch_size, **look)
+    look |= dict(batch_size=settings.eval_batch_size)
+    test = EvalBatches(resident(dataset.test, device), name="test", **look)
     if dataset.val is None:
         return train, test, test
-    return train, EvalBatches(resident(dataset.val, device), batch_size=settings.eval_batch_size, **look), test
+    return train, EvalBatches(resident(dataset.val, device), name="val", **look), test
 
 
 def train(settings: Settings) -> dict:
@@ -77,15 +78,14 @@ def train(settings: Settings) -> dict:
     model.to(device).train()
     summarise(settings, dataset, model, origin, device, precision, folder)
 
-    selects = "val" if dataset.val else "test"
     with Run(folder, asdict(settings)) as run:
         about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
         with attention_kernel(model, device, precision):
-            last, best, found = fit(settings, model, batches, selection, selects, precision, run, about)
-        return finish(run, model, test, last, best, selects, found)
+            last, best, found = fit(settings, model, batches, selection, precision, run, about)
+        return finish(run, model, test, last, best, found)
 
 
-def fit(settings: Settings, model, batches, selection, selects: str, precision, run: Run, about: dict):
+def fit(settings: Settings, model, batches: TrainBatches, selection: EvalBatches, precision, run: Run, about: dict):
     """The loop: update, follow, and from time to time evaluate and save. Returns what is known of `last` and `best`."""
     optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay)
     scaler = make_scaler(batches.device.type, precision, settings.loss_scale)
@@ -101,22 +101,23 @@ def fit(settings: Settings, model, batches, selection, selects: str, precision, 
         if step % settings.eval_every == 0 or step == settings.num_steps:
             with progress.paused():
                 found = evaluate(model, selection, precision if step < settings.num_steps else torch.float32)
-                run.log(step, **{f"{selects}_accuracy": found.accuracy, f"{selects}_loss": found.loss})
-                progress.say(f"{selects} accuracy {found.accuracy:.2%}, loss {found.loss:.4f}")
-                last = {**about, "step": step, "accuracy": {selects: found.accuracy}}
+                run.log(step, **{f"{selection.name}_accuracy": found.accuracy, f"{selection.name}_loss": found.loss})
+                progress.say(f"{selection.name} accuracy {found.accuracy:.2%}, loss {found.loss:.4f}")
+                last = {**about, "step": step, "accuracy": {selection.name: found.accuracy}}
                 run.save("last", model, **last)
-                if best is None or found.accuracy > best["accuracy"][selects]:
+                if best is None or found.accuracy > best["accuracy"][selection.name]:
                     best = last
                     run.save("best", model, **best)
     progress.close()
     return last, best, found
 
 
-def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, selects: str, found) -> dict:
+def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, best: dict, found: Metrics) -> dict:
     """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them.
 
     found: the loop's last evaluation, in float32 already; it is not repeated where it was on the test set.
     """
+    selects = next(iter(last["accuracy"]))  # "val", or "test" where nothing is held out
     scores = {"last": found if selects == "test" else evaluate(model, test)}
     for kind, about in (("last", last), ("best", best)):
         if kind == "best" and best["step"] == last["step"]:
@@ -138,39 +139,6 @@ def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, be
     minutes, seconds = divmod(round(time.time() - run.started), 60)
     log.info("output   %s, after %d min %02d s", run.folder, minutes, seconds)
     return {"folder": run.folder, **scores}
-
-
-def summarise(settings, dataset, model, origin, device, precision, folder) -> None:
-    """What is about to happen, and what of it looks unwise."""
-    s, images = settings, len(dataset.train)
-    parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
-    held = f", {len(dataset.val):,} val" if dataset.val else ""
-    for what, text in {
-        "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                 f"{model.img_size[0]} x {model.img_size[1]} px, dropout {model.config.dropout_rate:g}",
-        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
-        "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
-                f"{len(dataset.train.classes)} classes",
-        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
-                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
-        "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
-                  f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
-        "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
-                  f"{str(precision).removeprefix('torch.')}",
-        "output": str(folder),
-    }.items():
-        log.info("%-8s %s", what, text)
-    if s.fp16_opt_level != "O2":
-        log.info("--fp16_opt_level was apex's and decides nothing any more: --fp16 is PyTorch's own autocast.")
-    if dataset.val is None:
-        log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
-                    "choice use --val_fraction 0.1.")
-    if s.warmup_steps >= s.num_steps:
-        log.warning("The warm-up of %d steps is not over when the run of %d ends, and the learning rate stays small: "
-                    "try --warmup_steps %d.", s.warmup_steps, s.num_steps, s.num_steps // 20)
-    if s.train_batch_size > images:
-        log.warning("A batch of %d shows some of the %d training images more than once: try a smaller "
-                    "--train_batch_size.", s.train_batch_size, images)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -108,6 +108,10 @@ class TrainBatches(Batches):
 class EvalBatches(Batches):
     """Each image once, in order, squashed to the square; the last batch is as small as it comes."""
 
+    def __init__(self, split: Split, *, name: str = "test", **kwargs):
+        super().__init__(split, **kwargs)
+        self.name = name  # under which its metrics are logged
+
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: step results read a few steps late, the bar, the speed, and when to stop."""
+"""What a person sees: the summary before, then step results read a few steps late, the bar, the speed."""
 
 import logging
 import sys
@@ -14,6 +14,39 @@ from utils.step import StepResult
 log = logging.getLogger(__name__)
 
 LATE = 4  # steps between an update and the reading of its numbers: the device never waits for the reader
+
+
+def summarise(settings, dataset, model, origin, device, precision, folder) -> None:
+    """What is about to happen, and what of it looks unwise."""
+    s, images = settings, len(dataset.train)
+    parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
+    held = f", {len(dataset.val):,} val" if dataset.val else ""
+    for what, text in {
+        "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                 f"{model.img_size[0]} x {model.img_size[1]} px, dropout {model.config.dropout_rate:g}",
+        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
+        "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
+                f"{len(dataset.train.classes)} classes",
+        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
+                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
+        "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
+                  f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
+        "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
+                  f"{str(precision).removeprefix('torch.')}",
+        "output": str(folder),
+    }.items():
+        log.info("%-8s %s", what, text)
+    if s.fp16_opt_level != "O2":
+        log.info("--fp16_opt_level was apex's and decides nothing any more: --fp16 is PyTorch's own autocast.")
+    if dataset.val is None:
+        log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
+                    "choice use --val_fraction 0.1.")
+    if s.warmup_steps >= s.num_steps:
+        log.warning("The warm-up of %d steps is not over when the run of %d ends, and the learning rate stays small: "
+                    "try --warmup_steps %d.", s.warmup_steps, s.num_steps, s.num_steps // 20)
+    if s.train_batch_size > images:
+        log.warning("A batch of %d shows some of the %d training images more than once: try a smaller "
+                    "--train_batch_size.", s.train_batch_size, images)
 
 
 class Progress:
