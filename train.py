@@ -3,9 +3,10 @@
 
 import logging
 import os
+import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,23 +29,21 @@ log = logging.getLogger("train")
 def build_model(settings: Settings, num_classes: int) -> tuple[VisionTransformer, dict]:
     """The model to start from, and the file it comes from: {"name", "sha256"}, empty from scratch."""
     config = configs.get_config(settings.model_type) if settings.model_type else None
-    if settings.pretrained_dir == "none":
+    scratch = settings.pretrained_dir == "none"
+    if scratch:
         config = config or configs.get_config("ViT-B_16")
-        torch.manual_seed(settings.seed)  # of the initial values
-        model = VisionTransformer(config, settings.img_size or (32 if config.name == "ViT-demo" else 224), num_classes)
-        origin = {}
+        native = (32, 32) if config.name == "ViT-demo" else (224, 224)
     else:
-        path = sources.fetch(settings.pretrained_dir or f"checkpoint/{settings.model_type or 'ViT-B_16'}.npz")
-        model = exchange.load(path, img_size=settings.img_size, num_classes=num_classes, config=config)
-        if settings.img_size is None and min(model.img_size) > 224:
-            model = exchange.load(path, img_size=224, num_classes=num_classes, config=config)
-        origin = {"name": path.name, "sha256": sha256(path)}
+        path = sources.fetch(settings.pretrained_dir or f"checkpoint/{config.name if config else 'ViT-B_16'}.npz")
+        config, native = exchange.describe(path, config)
     if settings.dropout is not None:
-        model.config = configs.replace(model.config, dropout_rate=settings.dropout)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = settings.dropout
-    return model, origin
+        config = configs.replace(config, dropout_rate=settings.dropout)
+    size = settings.img_size or tuple(min(n, 224) for n in native)
+    if scratch:
+        torch.manual_seed(settings.seed)  # of the initial values
+        return VisionTransformer(config, size, num_classes), {}
+    model = exchange.load(path, img_size=size, num_classes=num_classes, config=config)
+    return model, {"name": path.name, "sha256": sha256(path)}
 
 
 def make_batches(settings: Settings, dataset: data.Data, model: VisionTransformer, device):
@@ -53,35 +52,38 @@ def make_batches(settings: Settings, dataset: data.Data, model: VisionTransforme
     look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
     area = dataset.view.min_area if settings.min_area is None else settings.min_area
     view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
-    train = TrainBatches(resident(dataset.train, device), batch_size=settings.train_batch_size, seed=settings.seed,
-                         training_view=view, **look)
+    train = TrainBatches(resident(dataset.train, model.img_size, device), batch_size=settings.train_batch_size,
+                         seed=settings.seed, training_view=view, **look)
     look |= dict(batch_size=settings.eval_batch_size)
-    test = EvalBatches(resident(dataset.test, device), name="test", **look)
+    test = EvalBatches(resident(dataset.test, model.img_size, device), name="test", **look)
     if dataset.val is None:
         return train, test, test
-    return train, EvalBatches(resident(dataset.val, device), name="val", **look), test
+    return train, EvalBatches(resident(dataset.val, model.img_size, device), name="val", **look), test
 
 
-def train(settings: Settings) -> dict:
+def train(settings: Settings, command: str = "") -> dict:
     """One run from its settings to its folder; returns {"folder", "last", "best"}, the last two as test `Metrics`."""
     device = choose_device(settings.device, settings.local_rank)
     precision = choose_precision(settings, device)
+    if settings.name:
+        check_free(Path(settings.output_dir) / settings.name, settings.overwrite)  # before anything takes its time
     dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction,
                         seed=settings.seed)
     model, origin = build_model(settings, len(dataset.train.classes))
     size = "x".join(str(n) for n in dict.fromkeys(model.img_size))
-    settings = replace(settings, img_size=model.img_size, model_type=model.config.name,
-                       name=settings.name or f"{dataset.name}-{model.config.name}-{size}")
-    folder = Path(settings.output_dir) / settings.name
+    folder = Path(settings.output_dir) / (settings.name or f"{dataset.name}-{model.config.name}-{size}")
     check_free(folder, settings.overwrite)
     batches, selection, test = make_batches(settings, dataset, model, device)
     model.to(device).train()
     summarise(settings, dataset, model, origin, device, precision, folder)
 
-    with Run(folder, asdict(settings)) as run:
-        about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": asdict(settings)}
-        with attention_kernel(model, device, precision):
-            last, best, found = fit(settings, model, batches, selection, precision, run, about)
+    chosen = {"name": folder.name, "model_type": model.config.name, "img_size": model.img_size, "device": str(device),
+              "dropout": model.config.dropout_rate, "precision": str(precision).removeprefix("torch."),
+              "pretrained_dir": origin.get("name", "none"), **asdict(batches.training_view)}
+    settings_of_run = {**asdict(settings), "resolved": chosen}
+    about = {"classes": dataset.train.classes, "finetuned_from": origin, "settings": settings_of_run}
+    with Run(folder, settings_of_run, command) as run:
+        last, best, found = fit(settings, model, batches, selection, precision, run, about)
         return finish(run, model, test, last, best, found)
 
 
@@ -94,9 +96,10 @@ def fit(settings: Settings, model, batches: TrainBatches, selection: EvalBatches
     for step, (images, labels) in enumerate(batches.stream(0, settings.num_steps), start=1):
         lr = lr_at(step - 1, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)
-        result = train_step(model, optimizer, scaler, images, labels, lr=lr, precision=precision,
-                            micro_batches=settings.gradient_accumulation_steps, max_grad_norm=settings.max_grad_norm,
-                            dropout_seed=(settings.seed, step))
+        with attention_kernel(model, batches.device, precision):
+            result = train_step(model, optimizer, scaler, images, labels, lr=lr, precision=precision,
+                                micro_batches=settings.gradient_accumulation_steps,
+                                max_grad_norm=settings.max_grad_norm, dropout_seed=(settings.seed, step))
         progress.add(step, lr, result)
         if step % settings.eval_every == 0 or step == settings.num_steps:
             with progress.paused():
@@ -130,9 +133,8 @@ def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, be
         name = "best_test" if kind == "best" else "test"
         if kind == "best" or selects == "val":  # else the loop has logged it
             run.log(about["step"], **{f"{name}_accuracy": score.accuracy, f"{name}_loss": score.loss})
-    why = {"last": "the end of the run",
-           "best": f"best of the evaluations on {'the held-out part' if selects == 'val' else 'this same test set'}, "
-                   f"{best['accuracy'][selects]:.2%}"}
+    part = "the held-out part" if selects == "val" else "this same test set"
+    why = {"last": "the end of the run", "best": f"the best of the evaluations on {part}"}
     for kind, about in (("last", last), ("best", best)):
         log.info("%s     %.2f %% of %s test images, loss %.4f (step %d: %s)", kind, 100 * scores[kind].accuracy,
                  f"{scores[kind].images:,}", scores[kind].loss, about["step"], why[kind])
@@ -143,27 +145,25 @@ def finish(run: Run, model: VisionTransformer, test: EvalBatches, last: dict, be
 
 def main(argv: list[str] | None = None) -> dict:
     """The command line. An error is one sentence and exit code 2; --debug shows its traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    debug = False
     try:
         settings = parse(argv)
-        debug = settings.debug
         with logging_redirect_tqdm():
-            return train(settings)
-    except torch.OutOfMemoryError as error:
-        problem = f"The GPU's memory is full ({str(error).splitlines()[0]}) Try more --gradient_accumulation_steps."
-    except (ValueError, OSError, FloatingPointError) as error:
-        problem = str(error)
-        if debug:
+            return train(settings, shlex.join(["python", "train.py", *argv]))
+    except KeyboardInterrupt:
+        print("\nInterrupted. If the run had its first evaluation, its folder holds the weights of the last one.",
+              file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if "--debug" in argv or (isinstance(error, RuntimeError) and not full):
             raise
-    print(f"error: {problem}", file=sys.stderr)
+        advice = "The memory is full. Try more --gradient_accumulation_steps, or a smaller --img_size."
+        print(f"error: {advice if full else error}", file=sys.stderr)
     raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nInterrupted. What the last evaluation saved is in the run's folder.", file=sys.stderr)
-        raise SystemExit(130) from None
+    main()

@@ -16,9 +16,10 @@ from ml_collections import FrozenConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models import npz
 from models.configs import CONFIGS, get_config, replace
 from models.modeling import VisionTransformer, grid_size
-from models.npz import Row, check_config, fill_model, load_npz, structure
+from models.npz import Row, check_config, fill_model, structure
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,29 @@ def _grid(file: Tensors, config, img_size) -> tuple[int, int]:
     return told
 
 
+def describe(path, config: FrozenConfigDict | str | None = None) -> tuple[FrozenConfigDict, tuple[int, int]]:
+    """What a file is, from its names and shapes alone: its configuration and the image size (H, W) it belongs to.
+
+    config: what it should be, as in `load`; ValueError if it is not.
+    """
+    config = get_config(config) if isinstance(config, str) else config
+    with _open(path) as file:
+        if isinstance(file, npz.Archive):
+            found = npz.config_of(file)
+            size = npz.native_size(found, npz.grid_of(file, found))
+        else:
+            found = config_of(file, config)
+            size = tuple(file.record.get("img_size", ())) or npz.native_size(found, _grid(file, found, None))
+    return (found if config is None else check_config(found, config, path)), size
+
+
+def _open(path):
+    path = Path(path)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path}: weights are read from .npz and .safetensors files, not from '{path.suffix}'.")
+    return npz.Archive(path) if path.suffix == ".npz" else Tensors(path)
+
+
 # --- Load and save ---------------------------------------------------------------------------------------------------
 
 def load(path, *, img_size: int | tuple[int, int] | None = None, num_classes: int | None = None,
@@ -221,14 +245,11 @@ def load(path, *, img_size: int | tuple[int, int] | None = None, num_classes: in
     caller knows that Google trained these weights (tanh GELU, norm epsilon 1e-6), whatever a copy's `config.json` says.
     ValueError: names what was expected and what the file has. FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if path.suffix == ".npz":
-        return load_npz(path, img_size=img_size, num_classes=num_classes, config=config, dtype=dtype)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: weights are read from .npz and .safetensors files, not from '{path.suffix}'.")
+    if Path(path).suffix == ".npz":
+        return npz.load_npz(path, img_size=img_size, num_classes=num_classes, config=config, dtype=dtype)
     img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
     config = get_config(config) if isinstance(config, str) else config
-    with Tensors(path) as file:
+    with _open(path) as file:
         found = config_of(file, config, google)
         if config is not None:
             found = check_config(found, config, path)
@@ -266,7 +287,10 @@ def save(model: VisionTransformer, path, metadata: dict, dtype: torch.dtype | No
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, temporary, metadata=header)
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # its own class even for a full disk
+            raise OSError(f"{path} could not be written ({error}).") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before the tensors do
         os.replace(temporary, path)

@@ -224,7 +224,7 @@ def load_npz(path, *, img_size: int | tuple[int, int] | None = None, num_classes
         found = config_of(archive)
         if config is not None:
             found = check_config(found, config, path)
-        return fill_model(archive, found, _grid(archive, found), table, head=("head/kernel", "head/bias"),
+        return fill_model(archive, found, grid_of(archive, found), table, head=("head/kernel", "head/bias"),
                           pre_logits=("pre_logits/kernel", "pre_logits/bias"), img_size=img_size,
                           num_classes=num_classes, dtype=dtype)
 
@@ -238,7 +238,8 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
     classes, skipped = source.shapes.get(head[1], (0,))[0], {"grid": "it tells the shape of the position embedding"}
     if num_classes is not None:
         classes, config = num_classes, replace(config, representation_size=None)
-        skipped |= dict.fromkeys(head, f"a new head of {num_classes} classes takes its place")
+        skipped |= dict.fromkeys(head, f"a new head of {num_classes} classes takes its place" if num_classes else
+                                 "no head was asked for")
         skipped |= dict.fromkeys(pre_logits, "fine-tuning drops it, as Google does")
     with torch.device("meta"):  # no memory and no initial values for what the file fills anyway
         model = VisionTransformer(config, img_size or native_size(config, grid), classes).to(dtype)
@@ -250,6 +251,8 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
         torch.nn.init.zeros_(model.head.bias)
     _check_keys(source, rows, skipped)
     parameters = dict(model.named_parameters())
+    filled = [row.parameter for row in rows if not row.third]  # of query, key and value the first stands for all
+    assert sorted(filled) == sorted(name for name in parameters if num_classes is None or name[:5] != "head.")
     for row in rows:
         _fill(parameters[row.parameter], row, source, config, grid, model.grid)
     for key in skipped:
@@ -290,7 +293,7 @@ def _google_shape(target: Tensor, row: Row, config) -> tuple:
     return row.layout.google(np.broadcast_to(np.float32(0), tuple(target.shape)), config.num_heads).shape
 
 
-def _grid(archive: Archive, config) -> tuple[int, int]:
+def grid_of(archive: Archive, config) -> tuple[int, int]:
     """Rows and columns of the file's position embedding: square, or told by our extra array `grid`."""
     key = "Transformer/posembed_input/pos_embedding"
     if key not in archive.shapes:

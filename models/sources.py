@@ -19,9 +19,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from models import exchange
-from models.configs import get_config
-from models.modeling import grid_size
-from models.npz import Archive, check_config, config_of, save_npz
+from models.npz import save_npz
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +190,7 @@ def model_name(name: str) -> str:
     """Name in the bucket -> name of the model: `augreg/R26_S_32-i21k-...` is a `R26+ViT-S_32`."""
     folder, stem = name.split("/")
     if folder != "augreg":
-        return get_config(stem).name
+        return re.sub(r"-\d+$", "", stem)  # ViT-B_16-224
     stem = stem.split("-")[0]
     return re.sub(r"^(R\d*)_", r"\1+ViT-", stem) if stem.startswith("R") else f"ViT-{stem}"
 
@@ -221,7 +219,7 @@ def fetch(path) -> Path:
     sources = [(f"{BUCKET}/{quote(name)}.npz", _from_bucket)]  # quote: '+' is %2B, some servers take it for a space
     sources += [(repository, _from_hub) for repository in SAME_WEIGHTS.get(name, ())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     answers = []
     try:
         for source, get in sources:
@@ -245,7 +243,7 @@ def fetch(path) -> Path:
 def _from_bucket(address: str, target: Path, name: str) -> None:
     with urllib.request.urlopen(address, timeout=TIMEOUT) as answer, open(target, "wb") as file:
         length = int(answer.headers.get("Content-Length") or 0)
-        with tqdm(total=length or None, desc=target.name.split(".npz")[0], unit="B", unit_scale=True,
+        with tqdm(total=length or None, desc=name, unit="B", unit_scale=True,
                   unit_divisor=1024, disable=None) as bar:
             while chunk := answer.read(1 << 20):
                 file.write(chunk)
@@ -276,13 +274,9 @@ def _from_hub(repository: str, target: Path, name: str) -> None:
 
 def _check_published(path: Path, name: str) -> None:
     """ValueError: the file is not a whole `.npz`, or of another architecture or image size than its name says."""
-    want, size = get_config(model_name(name)), image_size(name)
-    with Archive(path) as archive:
-        check_config(config_of(archive), want, path)
-        tokens = archive.shapes["Transformer/posembed_input/pos_embedding"][1]
-    rows, columns = grid_size(want, (size, size))
-    if tokens != 1 + rows * columns:
-        raise ValueError(f"{path} has {tokens} position embeddings, and {size} px need {1 + rows * columns}.")
+    _, size = exchange.describe(path, model_name(name))
+    if size != (image_size(name),) * 2:
+        raise ValueError(f"{path} belongs to images of {size[0]} x {size[1]} px, and {name} to {image_size(name)}.")
 
 
 def _address(source: str) -> str:

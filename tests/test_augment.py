@@ -1,17 +1,21 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from utils.augment import evaluation_taps, gather, random_boxes, stack, taps, training_taps, view
+from utils.augment import box_taps, random_boxes, shrink, stack, view, whole_boxes
 
-ORACLE = Path(__file__).parent / "oracle" / "training"
+GOOGLE = (torch.tensor(127.5), torch.tensor(127.5))
 
 
 def boxes(height, width, count=20_000, min_area=0.05, seed=0):
     rng = np.random.default_rng(seed)
-    return random_boxes(rng, np.full(count, height), np.full(count, width), min_area)
+    return random_boxes(lambda attempt: rng.random((4, count)), np.full(count, height), np.full(count, width), min_area)
+
+
+def whole(count, size, out):
+    """Taps that show `count` whole images of `size` at `out`."""
+    boxes = whole_boxes(*(np.full(count, n) for n in size))
+    return box_taps(torch.from_numpy(boxes), torch.zeros(count, dtype=torch.bool), out)
 
 
 @pytest.mark.parametrize("size, area, height, top", [
@@ -45,56 +49,54 @@ def test_min_area_one_is_nearly_the_whole_image():
     assert np.array_equal(drawn, np.tile([0, 0, 64, 64], (20_000, 1)))
 
 
-def test_half_of_the_views_are_mirrored_and_none_when_asked():
-    sizes = np.full((4000, 2), 9)
-    _, columns = training_taps(np.random.default_rng(0), sizes, (4, 4), 0.05, flip=True)
-    assert 0.47 < (columns.low[:, 0] > columns.low[:, -1]).mean() < 0.53
-    _, columns = training_taps(np.random.default_rng(0), sizes, (4, 4), 0.05, flip=False)
-    assert (columns.low[:, 0] <= columns.low[:, -1]).all()
+def test_the_box_of_an_image_depends_on_its_own_numbers_and_size_alone():
+    """A neighbour that needs many attempts (a narrow strip) changes nothing for the others."""
+    def draw(attempt):
+        return np.random.default_rng((7, attempt)).random((4, 5))
+    square = random_boxes(draw, np.full(5, 40), np.full(5, 40), 0.5)
+    beside = random_boxes(draw, np.array([40, 40, 3, 40, 40]), np.array([40, 40, 400, 40, 40]), 0.5)
+    assert np.array_equal(np.delete(square, 2, 0), np.delete(beside, 2, 0))
 
 
 def test_resize_without_antialias_is_torchs_bilinear():
     images = torch.randint(0, 256, (3, 3, 37, 53), dtype=torch.uint8)
-    rows, columns = evaluation_taps(np.array([[37, 53]] * 3), (24, 60))
+    rows, columns = whole(3, (37, 53), (24, 60))
     expected = torch.nn.functional.interpolate(images.float(), (24, 60), mode="bilinear", antialias=False)
-    assert torch.allclose(view(images, rows, columns), (expected - 127.5) / 127.5, atol=1e-5)
+    assert torch.allclose(view(images, rows, columns, *GOOGLE), (expected - 127.5) / 127.5, atol=1e-5)
 
 
 def test_a_flip_mirrors_the_resized_box():
     image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
-    start, length = np.array([3]), np.array([11])
-    rows = taps(start, length, 8)
-    plain = view(image, rows, taps(start, length, 8, np.array([False])))
-    mirrored = view(image, rows, taps(start, length, 8, np.array([True])))
+    box = torch.tensor([[3, 3, 11, 11]])
+    plain, mirrored = (view(image, *box_taps(box, torch.tensor([flip]), (8, 8)), *GOOGLE) for flip in (False, True))
     assert torch.equal(mirrored, plain.flip(3))
     crop = torch.nn.functional.interpolate(image[..., 3:14, 3:14].float(), (8, 8), mode="bilinear")
     assert torch.allclose(plain, (crop - 127.5) / 127.5, atol=1e-5)
 
 
 def test_cutting_an_image_down_to_its_tapped_pixels_changes_nothing():
+    sizes = np.array([(300, 200), (20, 400), (17, 9), (64, 64)])
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     rng = np.random.default_rng(0)
-    shapes = ((300, 200), (20, 400), (17, 9), (64, 64))
-    images = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for shape in shapes]
-    sizes = np.array([image.shape[1:] for image in images])
-    rows, columns = training_taps(rng, sizes, (16, 12), 0.3, True)
+    boxes = random_boxes(lambda attempt: rng.random((4, 4)), sizes[:, 0], sizes[:, 1], 0.3)
+    rows, columns = box_taps(torch.from_numpy(boxes), torch.tensor([True, False, True, False]), (16, 12))
     one = [(rows.of(b), columns.of(b)) for b in range(4)]
-    whole = torch.cat([view(image[None], *t) for image, t in zip(images, one)])
-    cut = [gather(image, *t) for image, t in zip(images, one)]
+    uncut = torch.cat([view(image[None], *t, *GOOGLE) for image, t in zip(images, one)])
+    cut = [shrink(image, *t) for image, t in zip(images, one)]
     assert max(max(image.shape[1] / 16, image.shape[2] / 12) for image, *_ in cut) <= 2
-    assert torch.equal(view(*stack(*map(list, zip(*cut)))), whole)
+    assert torch.equal(view(*stack(*map(list, zip(*cut))), *GOOGLE), uncut)
 
 
 def test_views_carry_the_normalisation_they_are_given():
     image = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
-    rows, columns = evaluation_taps(np.array([[4, 4]]), (2, 2))
-    out = view(image, rows, columns, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
-    expected = (200 / 255 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 0.25, 1.0])
-    assert torch.allclose(out[0, :, 0, 0], expected, atol=1e-6)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 1.0])
+    out = view(image, *whole(1, (4, 4), (2, 2)), mean.view(3, 1, 1) * 255, std.view(3, 1, 1) * 255)
+    assert torch.allclose(out[0, :, 0, 0], (200 / 255 - mean) / std, atol=1e-6)
 
 
 def test_views_stay_float32_inside_autocast():
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    rows, columns = evaluation_taps(np.array([[32, 32]]), (20, 20))
+    taps = whole(1, (32, 32), (20, 20))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = view(image, rows, columns)
-    assert inside.dtype == torch.float32 and torch.equal(inside, view(image, rows, columns))
+        inside = view(image, *taps, *GOOGLE)
+    assert inside.dtype == torch.float32 and torch.equal(inside, view(image, *taps, *GOOGLE))

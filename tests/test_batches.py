@@ -62,7 +62,7 @@ def test_streamed_batches_are_the_ones_asked_for_singly(files):
 
 
 def test_files_and_decoded_images_give_the_same_views(files):
-    decoded = resident(files, "cpu")
+    decoded = resident(files, (16, 16), "cpu")
     assert isinstance(decoded.images, list) and decoded.images[0].shape == (3, 20, 30)
     for k in range(3):
         assert all(torch.equal(a, b) for a, b in zip(training(files)[k], training(decoded)[k]))
@@ -70,13 +70,13 @@ def test_files_and_decoded_images_give_the_same_views(files):
 
 def test_images_of_one_size_become_one_tensor(tmp_path):
     Image.new("RGB", (5, 7), (10, 20, 30)).save(tmp_path / "a.png")
-    split = resident(Split([tmp_path / "a.png"] * 3, torch.zeros(3, dtype=torch.long), ("a", "b")), "cpu")
+    split = resident(Split([tmp_path / "a.png"] * 3, torch.zeros(3, dtype=torch.long), ("a", "b")), (8, 8), "cpu")
     assert split.images.shape == (3, 3, 7, 5) and split.images[2, :, 6, 4].tolist() == [10, 20, 30]
 
 
 def test_a_set_beyond_the_budget_is_streamed(files):
     assert decoded_bytes(files.images) == 3 * 3 * (20 * 30 + 64 * 50 + 100 * 16)
-    assert resident(files, "cpu", budget=decoded_bytes(files.images) - 1) is files
+    assert resident(files, (16, 16), "cpu", budget=decoded_bytes(files.images) - 1) is files
 
 
 def test_a_broken_file_in_a_worker_is_one_sentence(files):
@@ -102,3 +102,49 @@ def test_the_training_view_decides_crops_and_flips():
     images, _ = training(split, batch_size=64, view=View(min_area=1.0, flip=True), size=(64, 64))[0]
     rising = images[:, 0, 0, -1] > images[:, 0, 0, 0]
     assert 16 < rising.sum() < 48
+
+
+def test_half_of_the_training_images_are_mirrored():
+    ramp = torch.arange(9, dtype=torch.uint8).view(1, 1, 1, 9).expand(4, 3, 9, 9).contiguous()
+    images, _ = training(Split(ramp, torch.arange(4), ("",)), batch_size=4000)[0]
+    assert 0.47 < (images[:, 0, 0, 0] > images[:, 0, 0, -1]).float().mean() < 0.53
+
+
+def test_images_much_larger_than_the_model_takes_stay_a_list(tmp_path):
+    """As one tensor, every batch would have to be made at their full size."""
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    split = Split([tmp_path / "a.png"] * 3, torch.zeros(3, dtype=torch.long), ("a", "b"))
+    assert isinstance(resident(split, (16, 16), "cpu").images, list)
+    assert isinstance(resident(split, (25, 25), "cpu").images, torch.Tensor)
+
+
+def test_a_batch_made_in_parts_is_the_same_batch(files, monkeypatch):
+    whole = training(files, batch_size=20)[1]
+    monkeypatch.setattr("utils.batches.PART", 7)
+    parts = training(files, batch_size=20)
+    assert [p.stop - p.start for p in parts.parts(1)] == [7, 7, 6]
+    assert all(torch.equal(a, b) for a, b in zip(parts[1], whole))
+
+
+def test_batches_reach_a_spawned_process(files):
+    import pickle
+    batches = training(files)
+    again = pickle.loads(pickle.dumps(batches))
+    part = slice(0, 4)
+    for ours, theirs in zip(batches.looks(3, part), again.looks(3, part)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_never_makes_the_host_wait_for_the_device(tiny_model, files):
+    from utils.optim import make_optimizer
+    from utils.step import make_scaler, train_step
+    model = tiny_model.cuda().train()
+    for split in (files, split_of(50)):
+        batches = training(split, device="cuda")
+        optimizer, scaler = make_optimizer(model, "sgd"), make_scaler("cuda", torch.float16)
+        for k, (images, labels) in enumerate(batches.stream(0, 4)):
+            if k == 1:  # the first step may set things up
+                torch.cuda.set_sync_debug_mode("error")
+            train_step(model, optimizer, scaler, images, labels % 5, lr=0.1, precision=torch.float16)
+        torch.cuda.set_sync_debug_mode("default")

@@ -376,7 +376,7 @@ def test_a_failed_download_says_what_was_tried_and_where_to_put_the_files(tmp_pa
 
 def test_a_row_of_the_table_is_all_that_a_named_set_needs(monkeypatch, tmp_path):
     split = data.Split(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), ("a", "b"))
-    row = data.NamedSet(lambda data_dir: (split, split), data.View(0.3), "test", "two classes")
+    row = data.NamedSet(lambda data_dir: (split, split), data.View(0.3), "test")
     monkeypatch.setitem(data.NAMED, "tiny", row)
     loaded = data.load("tiny", data_dir=str(tmp_path), val_fraction=0.5)
     assert (len(loaded.train), len(loaded.val), len(loaded.test), loaded.view.min_area) == (2, 2, 4, 0.3)

@@ -2,6 +2,7 @@ import logging
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
 from models import npz
@@ -191,6 +192,26 @@ def test_the_edge_that_google_zeroes_is_interpolated_and_said(caplog):
     with caplog.at_level(logging.INFO):
         out = resize_pos_embed(torch.ones(1, 28 * 28, 1), (28, 28), (48, 48))
     assert torch.allclose(out, torch.ones_like(out)) and "Google's own resize leaves" in caplog.text
+
+
+@pytest.mark.parametrize("old, new", [((14, 14), (24, 24)), ((7, 7), (12, 12)), ((3, 5), (6, 2)), ((12, 12), (1, 1))])
+def test_resize_is_the_scipy_zoom_that_google_calls(old, new):
+    grid = np.random.default_rng(0).normal(size=(*old, 3))
+    google = scipy.ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1)
+    ours = resize_pos_embed(torch.from_numpy(grid.reshape(1, -1, 3)), old, new)
+    assert np.allclose(ours.numpy().reshape(*new, 3), google, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_fills_every_parameter_of_every_model_once(name):
+    config = replace(CONFIGS[name], representation_size=8)
+    with torch.device("meta"):
+        model = VisionTransformer(config, 224, 3)
+    rows = npz.table(model)
+    assert len({row.key for row in rows}) == len(rows)
+    filled = sorted((row.parameter, row.third) for row in rows)
+    wanted = [(p, t) for p, _ in model.named_parameters() for t in ((0, 1, 2) if ".qkv." in p else (None,))]
+    assert filled == sorted(wanted)
 
 
 def test_values_that_the_layout_cannot_carry_are_refused(tiny_config, tmp_path):

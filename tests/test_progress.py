@@ -34,6 +34,16 @@ def test_every_update_is_logged_once_with_its_own_numbers():
     assert [step for step, values in run.lines if "train_images_per_second" in values] == [10, 12]
 
 
+def test_the_speed_is_known_also_when_every_step_is_evaluated():
+    run, lines = Recorder(), []
+    progress = Progress(run, 3, 8, scaled=False)
+    for step in range(1, 4):
+        progress.add(step, 0.1, result())
+        with progress.paused():
+            lines.append(progress.rate)
+    assert lines[0] != lines[0] and all(rate > 0 for rate in lines[1:])
+
+
 def test_an_update_is_read_a_few_steps_late():
     run = Recorder()
     progress = Progress(run, 100, 8, scaled=False)
@@ -61,6 +71,11 @@ def test_overflows_under_a_loss_scale_are_counted_and_the_run_goes_on(caplog):
 def test_a_loss_scale_below_one_stops_the_run():
     with pytest.raises(FloatingPointError, match=r"Update 2 .* the loss scale fell to 0.5.*--precision bf16"):
         follow([result(finite=0.0, scale=1.0), result(finite=0.0, scale=0.5)], scaled=True)
+
+
+def test_a_fixed_loss_scale_that_never_fits_stops_the_run():
+    with pytest.raises(FloatingPointError, match="Update 25 was not made: it was the 25th in a row to overflow"):
+        follow([result(finite=0.0, scale=128.0)] * 40, scaled=True)
 
 
 def test_evaluations_do_not_count_as_training_time(monkeypatch):

@@ -31,6 +31,7 @@ def test_every_flag_of_vit_pytorch_is_accepted_also_with_hyphens():
 def test_the_papers_recipe_fills_defaults_and_what_is_given_by_hand_wins():
     assert parse(["--recipe", "paper"]).img_size == (384, 384)
     assert parse(["--recipe", "paper"]).learning_rate == 0.01
+    assert parse(["--recipe", "paper", "--model_type", "ViT-B_16-224"]).learning_rate == 0.01
     assert parse(["--recipe", "paper", "--pretrained_dir", "checkpoint/ViT-L_16.npz"]).learning_rate == 0.03
     assert parse(["--recipe", "paper", "--dataset", "cifar100"]).learning_rate == 0.03
     assert parse(["--recipe", "paper", "--learning_rate", "0.5", "--img_size", "224"]).learning_rate == 0.5
@@ -59,6 +60,7 @@ def test_a_wrong_value_is_one_line(capsys, argv, words):
     (dict(learning_rate=-1.0), "--learning_rate is -1.0; it must be 0 or more"),
     (dict(learning_rate=float("nan")), "--learning_rate is nan"), (dict(val_fraction=1.0), "--val_fraction is 1.0"),
     (dict(dropout=1.5), "--dropout is 1.5; it must lie between 0 and 1"), (dict(min_area=2.0), "--min_area is 2.0"),
+    (dict(name="/abs"), "--name '/abs' would leave"), (dict(local_rank=-2), "--local_rank is -2"),
     (dict(eval_every=0), "--eval_every is 0"), (dict(fp16=True, bf16=True), "bf16 and fp16. Choose one")])
 def test_settings_that_no_run_can_have_are_refused(values, words):
     with pytest.raises(ValueError) as error:

@@ -159,7 +159,7 @@ def test_a_refused_connection_is_said(server, published, target, monkeypatch):
 
 @pytest.mark.parametrize("change, size, message", [
     ({"num_layers": 1}, 224, r"num_layers 1 instead of 2"),
-    ({}, 384, r"has 577 position embeddings, and 224 px need 197"),
+    ({}, 384, r"belongs to images of 384 x 384 px, and imagenet21k/ViT-tiny to 224"),
 ])
 def test_a_file_that_is_not_what_its_name_says_is_thrown_away(server, published, target, tmp_path, monkeypatch,
                                                               change, size, message):

@@ -82,6 +82,16 @@ def test_float16_overflow_halves_the_scale_and_the_run_goes_on(tiny_config):
     assert not torch.equal(weights(model), start)
 
 
+def test_a_norm_that_overflows_masks_the_update_also_under_a_loss_scale(tiny_config):
+    """Each gradient is finite, the square of one is not."""
+    model = randomise(VisionTransformer(tiny_config, 16, 5)).train()
+    model.head.bias.register_hook(lambda g: torch.full_like(g, 1e25))
+    start, optimizer = weights(model), make_optimizer(model, "sgd")
+    for precision in (torch.float16, torch.float32):
+        result = train_step(model, optimizer, make_scaler("cpu", precision, 1.0), *batch(), lr=0.1, precision=precision)
+        assert result.finite == 0 and torch.equal(weights(model), start)
+
+
 def test_the_loss_scale_cancels_out(tiny_config):
     """The same float16 gradient whatever the scale, clipped after unscaling."""
     norms = []
@@ -122,6 +132,13 @@ def test_fp16_on_a_cpu_is_bfloat16_where_the_processor_has_it(monkeypatch, caplo
         assert words in caplog.records[-1].message
         assert choose_precision(Settings(), cpu) == dtype
         assert choose_precision(Settings(precision="fp32"), cpu) == torch.float32
+        assert choose_precision(Settings(bf16=True), cpu) == torch.bfloat16  # asked for: slow, but done
+
+
+def test_several_processes_are_refused_and_not_run_on_top_of_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started"):
+        choose_device("auto")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,10 +1,11 @@
 """Whole runs through `main(argv)`, as a user starts them, on tiny images that the tests write."""
 
+import ast
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,6 @@ from models import exchange
 from models.modeling import VisionTransformer
 from models.npz import save_npz
 from utils import data
-from utils.augment import evaluation_taps, view
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_the_output_loads_back_with_the_run_s_own_accuracy(start, image_folder):
         assert about["classes"] == ["blue", "green", "red"] and about["finetuned_from"]["name"] == "tiny.npz"
         assert len(about["finetuned_from"]["sha256"]) == 64 and about["settings"]["learning_rate"] == 0.1
         test = data.load(str(image_folder)).test
-        images = torch.stack(data.decode_all(test.images))
+        images = (torch.stack(data.decode_all(test.images)) - 127.5) / 127.5
         with torch.no_grad():
-            logits = model(view(images, *evaluation_taps(np.full((len(images), 2), 16), (16, 16))))
+            logits = model(images)
         accuracy = (logits.argmax(1) == test.labels).float().mean().item()
         assert accuracy == pytest.approx(result[kind].accuracy) == pytest.approx(about["accuracy"]["test"])
         loss = torch.nn.functional.cross_entropy(logits, test.labels).item()
@@ -104,6 +104,7 @@ def test_best_is_chosen_on_the_held_out_part_and_the_test_set_is_scored_at_the_e
     assert list(on_val) == [2, 4, 6, 8, 10] and list(values(result, "test/accuracy")) == [10]
     best = exchange.read_metadata(result["folder"] / "best.safetensors")
     assert best["accuracy"]["val"] == max(on_val.values()) == on_val[best["step"]]
+    assert best["accuracy"]["test"] == result["best"].accuracy
     out = capsys.readouterr().out
     assert "27 train, 9 val, 12 test/" in out and "on the held-out part" in out and "Nothing is held out" not in out
 
@@ -146,6 +147,11 @@ def test_the_position_embedding_is_resized_to_the_images(start):
     assert exchange.load(result["folder"] / "last.safetensors").grid == (6, 4)
 
 
+def test_a_size_that_is_no_whole_number_of_patches_is_said(start, capsys):
+    start("--img_size", 18, "--num_steps", 1, "--warmup_steps", 0)
+    assert "18 x 18 px are no whole number of patches: what is right of or below 16 x 16" in capsys.readouterr().out
+
+
 def test_a_learning_rate_that_explodes_stops_with_the_step_and_advice(start, capsys):
     message = error_of(capsys, start, "--learning_rate", 1e38, "--max_grad_norm", 0, "--warmup_steps", 0)
     assert "Update " in message and "was not made" in message and "--learning_rate" in message
@@ -171,7 +177,8 @@ def test_the_default_name_says_data_model_and_size(start, tmp_path):
     (["--model_type", "ViT-Q"], "no model 'ViT-Q'"), (["--train_batch_size", 10, "--gradient_accumulation_steps", 3],
                                                       "--train_batch_size 10 cannot be split"),
     (["--pretrained_dir", "weights.txt"], "weights.txt"), (["--img_size", 2], "smaller than one patch"),
-    (["--learning_rate", "nan"], "--learning_rate is nan")])
+    (["--learning_rate", "nan"], "--learning_rate is nan"), (["--name", "../x"], "would leave --output_dir"),
+    (["--seed", 10**20], "below 2^63"), (["--num_workers", -7], "--num_workers is -7")])
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(start, capsys, tmp_path, argv, words):
     assert words in error_of(capsys, start, *argv)
     assert not (tmp_path / "output").exists()
@@ -192,11 +199,59 @@ def test_debug_shows_the_traceback(start):
         start("--model_type", "ViT-Q", "--debug")
 
 
+def test_the_same_seed_starts_from_the_same_random_weights(start):
+    scratch = ("--pretrained_dir", "none", "--model_type", "ViT-demo", "--num_steps", 1)
+    first, second, other = (start(*scratch, "--seed", seed, name=name) for seed, name in ((3, "a"), (3, "b"), (4, "c")))
+    weights = [exchange.load(r["folder"] / "last.safetensors").pos_embed for r in (first, second, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_dropout_masks_differ_from_step_to_step(start, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("utils.step.torch.manual_seed", seeds.append)
+    start("--dropout", 0.1, "--gradient_accumulation_steps", 2, "--num_steps", 3, "--warmup_steps", 0)
+    assert len(seeds) == len(set(seeds)) == 6
+
+
+def test_the_settings_that_decided_the_run_are_kept_with_it(start):
+    result = start("--fp16", "--precision", "auto", "--dropout", 0.3)
+    kept = json.loads((result["folder"] / "settings.json").read_text())
+    assert kept["command"].startswith("python train.py --dataset ") and "--dropout 0.3" in kept["command"]
+    assert kept["resolved"]["dropout"] == 0.3 and kept["resolved"]["min_area"] == 0.05
+    assert kept["resolved"]["precision"] in ("bfloat16", "float32") and kept["resolved"]["device"] == "cpu"
+
+
+def test_sets_too_large_for_memory_are_streamed_to_the_same_result(start, monkeypatch, capsys):
+    """Dropout, crops and order on; files decoded by two worker processes."""
+    first = start("--dropout", 0.1, name="a")
+    monkeypatch.setattr("utils.batches.memory", lambda: 0)
+    second = start("--dropout", 0.1, "--num_workers", 2, name="b")
+    assert "worker processes will decode them" in capsys.readouterr().out
+    assert values(first, "train/loss") == values(second, "train/loss") and first["last"] == second["last"]
+
+
+def test_an_interrupt_ends_with_a_sentence(start, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == 130 and "Interrupted" in capsys.readouterr().err
+
+
+def test_a_full_memory_ends_with_advice(start, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "train_step", full)
+    assert "--gradient_accumulation_steps" in error_of(capsys, start)
+
+
 def test_every_setting_is_read_somewhere():
     """A flag that nothing reads is a promise that nothing keeps."""
-    root = Path(train.__file__).parent
-    code = "".join(path.read_text() for path in (root / "train.py", *(root / "utils").glob("*.py"))
-                   if path.name != "settings.py")
-    from dataclasses import fields
-    unread = {f.name for f in fields(train.Settings) if f"settings.{f.name}" not in code and f"s.{f.name}" not in code}
-    assert unread == {"recipe"}  # used up while the settings are made
+    root, read = Path(train.__file__).parent, set()
+    for path in (root / "train.py", *(root / "utils").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in ("settings", "s"):
+                read.add(node.attr)
+    unread = {f.name for f in fields(train.Settings)} - read
+    assert unread == {"recipe", "debug"}  # used before there are settings

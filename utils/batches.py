@@ -3,7 +3,10 @@
 """
 
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,74 +14,146 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.augment import evaluation_taps, gather, stack, training_taps, view
+from utils.augment import Taps, box_taps, random_boxes, shrink, stack, view, whole_boxes
 from utils.data import Split, View, decode, decode_all
 
 log = logging.getLogger(__name__)
 
-ORDER, VIEW = 0, 1  # what a generator is for, so that no two uses share a stream
+ORDER, BOX, FLIP = range(3)  # what a generator is for, so that no two uses share a stream
+PART = 64                    # images that a worker process decodes at a time: bounds the memory that is under way
 
 
-def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.default_rng((seed, purpose, number))
+def generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng((seed, purpose, *numbers))
 
 
-class Batches(Dataset):
+class Looks(NamedTuple):
+    """A part of a batch before it meets the device; where the images lie there already, which ones and their boxes."""
+    pixels: Tensor          # uint8 (n, 3, h, w), or the indices (n,) of resident images
+    rows: Taps | Tensor     # taps (n, S_h), or boxes (n, 4)
+    columns: Taps | Tensor  # taps (n, S_w), or flips (n,)
+    labels: Tensor          # (n,)
+
+
+class Batches:
     """Batches of one split; item k is (images (B, 3, H, W) float32, labels (B,)) on `device`.
 
-    Images that lie in memory are indexed; files are decoded by `workers` processes when streamed.
+    Images that lie in memory are looked at by a thread, one batch ahead; files are decoded by `workers` processes.
     """
 
     def __init__(self, split: Split, *, size: tuple[int, int], batch_size: int, mean, std, device, workers: int = 0):
         self.split, self.size, self.batch_size = split, size, batch_size
-        self.mean, self.std, self.device = mean, std, torch.device(device)
+        self.device = torch.device(device)
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1).mul(255).to(self.device) for v in (mean, std))
         self.workers = 0 if isinstance(split.images[0], Tensor) else workers
 
+    def count(self, k: int) -> int:
+        """How many images are in batch k."""
+        raise NotImplementedError
+
     def indices(self, k: int) -> np.ndarray:
-        """Which images are in batch k."""
+        """Which ones, (count,)."""
         raise NotImplementedError
 
-    def taps(self, k: int, sizes: np.ndarray):
-        """How they are looked at: (rows, columns) for images of `sizes` (B, 2)."""
+    def boxes(self, k: int, part: slice, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How a part of batch k is looked at: boxes (n, 4) and flips (n,) for images of `sizes` (n, 2)."""
         raise NotImplementedError
 
-    def pixels(self, k: int):
-        """The part that needs no device: uint8 (B, 3, h, w), taps, labels of batch k."""
-        indices = self.indices(k)
-        labels = self.split.labels[indices]
-        images = self.split.images
+    def parts(self, k: int) -> list[slice]:
+        """The parts in which batch k is made: all at once where the images have one size."""
+        count = self.count(k)
+        step = count if isinstance(self.split.images, Tensor) else PART
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def looks(self, k: int, part: slice) -> Looks:
+        """A part of batch k, as far as it goes without the device."""
+        indices = self.indices(k)[part]
+        labels, images = self.split.labels[indices], self.split.images
         if isinstance(images, Tensor):
-            rows, columns = self.taps(k, np.tile(images.shape[2:], (len(indices), 1)))
-            return images[torch.from_numpy(indices).to(images.device)], rows, columns, labels
+            boxes, flips = self.boxes(k, part, np.tile(images.shape[2:], (len(indices), 1)))
+            return Looks(torch.from_numpy(indices), torch.from_numpy(boxes), torch.from_numpy(flips), labels)
         images = [images[i] if isinstance(images[i], Tensor) else decode(images[i]) for i in indices]
-        rows, columns = self.taps(k, np.array([image.shape[1:] for image in images]))
-        looked_at = [gather(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
-        return *stack(*map(list, zip(*looked_at))), labels
+        boxes, flips = self.boxes(k, part, np.array([image.shape[1:] for image in images]))
+        rows, columns = box_taps(torch.from_numpy(boxes), torch.from_numpy(flips), self.size)
+        small = [shrink(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
+        return Looks(*stack(*map(list, zip(*small))), labels)
 
-    def on_device(self, pixels, rows, columns, labels) -> tuple[Tensor, Tensor]:
-        pixels, labels = (t.to(self.device, non_blocking=True) for t in (pixels, labels))
-        return view(pixels, rows, columns, self.mean, self.std), labels
+    def on_device(self, parts: list[Looks]) -> tuple[Tensor, Tensor]:
+        """The parts of one batch -> images and labels; nothing here waits for the device."""
+        views = []
+        for pixels, rows, columns, _ in parts:
+            if isinstance(rows, Taps):
+                pixels = self._send(pixels)
+                rows, columns = (Taps(*map(self._send, axis)) for axis in (rows, columns))
+            else:
+                images = self.split.images
+                pixels = self._send(images[self._send(pixels, images.device)])
+                rows, columns = box_taps(self._send(rows), self._send(columns), self.size)
+            views.append(view(pixels, rows, columns, self.mean, self.std))
+        return (views[0] if len(views) == 1 else torch.cat(views)), self._send(torch.cat([p.labels for p in parts]))
+
+    def _send(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        device = device or self.device
+        if device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()  # only from pinned memory a copy goes on by itself
+        return tensor.to(device, non_blocking=True)
+
+    def __getstate__(self):
+        return {**self.__dict__, "mean": None, "std": None}  # on the device, where worker processes have no business
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
-        return self.on_device(*self.pixels(k))
+        return self.on_device([self.looks(k, part) for part in self.parts(k)])
 
     def stream(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches start .. stop - 1 in order, decoded ahead by the worker processes where there are files."""
-        loader = DataLoader(_Pixels(self), batch_size=None, sampler=range(start, stop), num_workers=self.workers,
-                            pin_memory=self.workers > 0 and self.device.type == "cuda")
+        """Batches start .. stop - 1 in order, each made while the one before is used."""
+        make = self._stream_from_processes if self.workers else self._stream_from_thread
+        for parts in make(range(start, stop)):
+            yield self.on_device(parts)
+
+    def _stream_from_thread(self, numbers: range) -> Iterator[list[Looks]]:
+        with ThreadPoolExecutor(1) as thread:
+            ahead = None
+            for k in numbers:
+                now = ahead or thread.submit(self._all_looks, k)
+                ahead = thread.submit(self._all_looks, k + 1) if k + 1 in numbers else None
+                yield now.result()
+
+    def _all_looks(self, k: int) -> list[Looks]:
+        return [self.looks(k, part) for part in self.parts(k)]
+
+    def _stream_from_processes(self, numbers: range) -> Iterator[list[Looks]]:
+        loader = iter(DataLoader(_Parts(self), batch_size=None, sampler=_Numbers(self, numbers),
+                                 num_workers=self.workers, pin_memory=self.device.type == "cuda"))
         try:
-            for batch in loader:
-                yield self.on_device(*batch)
+            for k in numbers:
+                yield [Looks(*next(loader)) for _ in self.parts(k)]
         except ValueError as error:  # a worker's error comes wrapped in its traceback: keep the sentence
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError("A process that decodes images died, most often for lack of memory or of shared memory "
+                          "(/dev/shm). Try fewer --num_workers; in Docker a larger --shm-size.") from error
 
 
-class _Pixels(Dataset):
+class _Parts(Dataset):
+    """What a worker process does: item (k, part) is that part's looks."""
+
     def __init__(self, batches: Batches):
         self.batches = batches
 
-    def __getitem__(self, k: int):
-        return self.batches.pixels(k)
+    def __getitem__(self, item):
+        return tuple(self.batches.looks(*item))
+
+
+class _Numbers:
+    """All (k, part) in order, found one after the other: a run may have millions."""
+
+    def __init__(self, batches: Batches, numbers: range):
+        self.batches, self.numbers = batches, numbers
+
+    def __iter__(self):
+        return ((k, part) for k in self.numbers for part in self.batches.parts(k))
 
 
 class TrainBatches(Batches):
@@ -88,21 +163,29 @@ class TrainBatches(Batches):
     def __init__(self, split: Split, *, seed: int, training_view: View, **kwargs):
         super().__init__(split, **kwargs)
         self.seed, self.training_view = seed, training_view
-        self._epoch = (-1, None)
+        self._permutation = (-1, None)  # the last one, to draw it once an epoch
+
+    def count(self, k: int) -> int:
+        return self.batch_size
 
     def indices(self, k: int) -> np.ndarray:
         positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         epochs, places = np.divmod(positions, len(self.split))
-        return np.concatenate([self.permutation(e)[places[epochs == e]] for e in np.unique(epochs)])
+        return np.concatenate([self.permutation(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
     def permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            self._epoch = epoch, generator(self.seed, ORDER, int(epoch)).permutation(len(self.split))
-        return self._epoch[1]
+        last, order = self._permutation
+        if last != epoch:
+            order = generator(self.seed, ORDER, epoch).permutation(len(self.split))
+            self._permutation = epoch, order
+        return order
 
-    def taps(self, k: int, sizes: np.ndarray):
-        rng = generator(self.seed, VIEW, k)
-        return training_taps(rng, sizes, self.size, self.training_view.min_area, self.training_view.flip)
+    def boxes(self, k: int, part: slice, sizes: np.ndarray):
+        def draw(attempt):  # for the whole batch, so that no part or size changes another image's numbers
+            return generator(self.seed, BOX, k, attempt).random((4, self.batch_size))[:, part]
+        flips = generator(self.seed, FLIP, k).random(self.batch_size)[part] > 0.5
+        boxes = random_boxes(draw, sizes[:, 0], sizes[:, 1], self.training_view.min_area)
+        return boxes, flips & self.training_view.flip
 
 
 class EvalBatches(Batches):
@@ -115,25 +198,30 @@ class EvalBatches(Batches):
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
+    def count(self, k: int) -> int:
+        return min(self.batch_size, len(self.split) - k * self.batch_size)
+
     def indices(self, k: int) -> np.ndarray:
-        return np.arange(k * self.batch_size, min((k + 1) * self.batch_size, len(self.split)))
+        return k * self.batch_size + np.arange(self.count(k))
 
-    def taps(self, k: int, sizes: np.ndarray):
-        return evaluation_taps(sizes, self.size)
+    def boxes(self, k: int, part: slice, sizes: np.ndarray):
+        return whole_boxes(sizes[:, 0], sizes[:, 1]), np.zeros(len(sizes), dtype=bool)
 
 
-def resident(split: Split, device, budget: int = 4 << 30) -> Split:
-    """The split with its images decoded once, if they fit into `budget` bytes: on the device where all have one size.
+def resident(split: Split, size: tuple[int, int], device, budget: int | None = None) -> Split:
+    """The split with its images decoded once, if they fit into `budget` bytes (a sixth of the memory).
 
-    A split that is larger comes back as it is, to be streamed.
+    Images of one size, at most twice `size` (H, W), become one tensor, on the device if it has room; others stay a
+    list, from which only the pixels that are looked at travel. A larger split comes back as it is, to be streamed.
     """
     images = split.images
     if not isinstance(images, Tensor):
-        if decoded_bytes(images) > budget:
+        if decoded_bytes(images) > (memory() // 6 if budget is None else budget):
             log.info("%s images are too many to keep in memory: worker processes will decode them.", f"{len(split):,}")
             return split
         images = decode_all(images)
-        if len({image.shape for image in images}) > 1:
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1 or any(n > 2 * s for n, s in zip(images[0].shape[1:], size)):
             return Split(images, split.labels, split.classes)
         images = torch.stack(images)
     if torch.device(device).type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 4:
@@ -141,9 +229,17 @@ def resident(split: Split, device, budget: int = 4 << 30) -> Split:
     return Split(images, split.labels, split.classes)
 
 
+def memory() -> int:
+    """Bytes of main memory; 8 GiB where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
 def decoded_bytes(paths: list) -> int:
     """About how many bytes the files have when decoded: from the headers of at most 200 of them."""
-    sample = paths[::max(len(paths) // 200, 1)]
+    sample = paths[::-(-len(paths) // 200)]
     total = 0
     for path in sample:
         try:

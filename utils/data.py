@@ -69,7 +69,6 @@ class NamedSet:
     read: Callable[[Path], tuple[Split, Split]]  # data_dir -> train, test
     view: View
     test_name: str
-    about: str
 
 
 def load(dataset: str, *, data_dir: str = "data", val_fraction: float = 0.0, seed: int = 42) -> Data:
@@ -150,12 +149,9 @@ def _digits(data_dir: Path) -> tuple[Split, Split]:
 
 
 NAMED: dict[str, NamedSet] = {
-    "cifar10": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR10"), View(), "test",
-                        "60,000 photographs of 32 px in 10 classes, downloaded (170 MB)"),
-    "cifar100": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR100"), View(), "test",
-                         "60,000 photographs of 32 px in 100 classes, downloaded (170 MB)"),
-    "digits": NamedSet(_digits, View(min_area=0.6, flip=False), "a fixed 20 % of digits",
-                       "1,797 handwritten digits of 8 px, bundled with scikit-learn"),
+    "cifar10": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR10"), View(), "test"),
+    "cifar100": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR100"), View(), "test"),
+    "digits": NamedSet(_digits, View(min_area=0.6, flip=False), "a fixed 20 % of digits"),  # writing has no mirror
 }
 
 

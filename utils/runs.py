@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import math
+import os
 import platform
-import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -21,16 +21,19 @@ FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors
 class Run:
     """An open run (a context): `log` values, `save` weights. A file is written whole or not at all, or appended to."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, command: str):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
-        self.folder = folder
+        self.folder, self.command = folder, command
         self.started = time.time()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made ({error.strerror}). Choose another --output_dir.") from error
         for name in FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (folder / "settings.json").write_text(json.dumps({**settings, "command": command()}, indent=2) + "\n")
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        _write(folder / "settings.json", json.dumps({**settings, "command": command}, indent=2) + "\n")
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # whole lines at once
         self.tensorboard = SummaryWriter(folder / "tensorboard")
 
     def __enter__(self):
@@ -45,14 +48,14 @@ class Run:
         now = time.time()
         for name, value in values.items():
             name = name.replace("_", "/", 1)
-            self.metrics.write(json.dumps({"step": step, "name": name, "value": value, "time": round(now, 3)}) + "\n")
+            shown = value if math.isfinite(value) else None  # JSON has no NaN
+            self.metrics.write(json.dumps({"step": step, "name": name, "value": shown, "time": round(now, 3)}) + "\n")
             self.tensorboard.add_scalar(name, value, step, walltime=now)
 
     def save(self, kind: str, model, **metadata) -> Path:
         """Writes `best` or `last`: weights, and in the header all that is needed to use them (`models/exchange.py`)."""
-        self.metrics.flush()
         path = self.folder / f"{kind}.safetensors"
-        exchange.save(model, path, {**metadata, "command": command(), "versions": versions()})
+        exchange.save(model, path, {**metadata, "command": self.command, "versions": versions()})
         return path
 
 
@@ -64,9 +67,11 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} holds a run already. Choose another --name, or --overwrite it.")
 
 
-def command() -> str:
-    """The command line that started this process."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+def _write(path: Path, text: str) -> None:
+    """Writes the whole file or leaves it as it was."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ Where ViT-pytorch has a flag, ours has its name, meaning and default.
 import argparse
 import difflib
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 RECIPES = {
@@ -40,7 +40,7 @@ class Settings:
         "cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
     img_size: tuple[int, int] | None = flag(
-        None, "data", "pixels, N or H,W (default: 224; 32 for ViT-demo)", type=image_size, metavar="N")
+        None, "data", "pixels, N or H,W (default: the checkpoint's, at most 224)", type=image_size, metavar="N")
     val_fraction: float = flag(0.0, "data", "share of train held out, on which `best` is then chosen")
     min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
                                   type=float)
@@ -67,7 +67,7 @@ class Settings:
     seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
 
     device: str = flag("auto", "device", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
-    precision: str = flag("auto", "device", "of the forward and backward pass; auto: bf16 where it is fast, else fp32",
+    precision: str = flag("auto", "device", "auto: bf16 where it is native, else fp16 on a GPU and fp32 on a CPU",
                           choices=["auto", "fp32", "bf16", "fp16"])
     fp16: bool = flag(False, "device", "short for --precision fp16")
     bf16: bool = flag(False, "device", "short for --precision bf16")
@@ -90,6 +90,13 @@ class Settings:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("num_workers", "local_rank"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be -1 or more.")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must be below 2^63.")
+        if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name):
+            raise ValueError(f"--name '{self.name}' would leave --output_dir; give a plain name.")
         for name, low, high in (("val_fraction", 0, 1), ("min_area", 0, 1), ("dropout", 0, 1)):
             value = getattr(self, name)
             if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
@@ -101,9 +108,6 @@ class Settings:
                  self.precision if self.precision != "auto" else None} - {None}
         if len(asked) > 1:
             raise ValueError(f"Two precisions were asked for: {' and '.join(sorted(asked))}. Choose one.")
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,5 +166,6 @@ def parse(argv: list[str] | None) -> Settings:
     settings = {**preset, **given}
     if settings.get("recipe") == "paper":
         model = settings.get("model_type") or Path(settings.get("pretrained_dir") or "ViT-B_16").stem
+        model = model.removesuffix("-224").removesuffix("-384")
         settings.setdefault("learning_rate", PAPER_LR.get((model, settings.get("dataset", "cifar10")), 3e-2))
     return Settings(**settings)

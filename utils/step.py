@@ -1,6 +1,7 @@
 """One update: accumulation, precision, clipping, the masked step. The only place where a loss is differentiated."""
 
 import logging
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -57,8 +58,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
     scale = scaler.scale(torch.ones((), device=images.device))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = (~finite).float()  # the fused kernels skip; with a loss scale the scaler says it again
-    scaler.step(optimizer)
+    optimizer.found_inf = (~finite).float()  # on the device: the fused kernels then change nothing
+    optimizer.step()                         # not `scaler.step`, which would ask its own, narrower question
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, correct / len(images), norm, finite.float(), scale)
@@ -83,13 +84,20 @@ def make_scaler(device: str, precision: torch.dtype, loss_scale: float = 0.0) ->
 
 
 def choose_device(name: str, local_rank: int = -1) -> torch.device:
-    """auto: the GPU where there is one. ValueError: cuda was asked for and there is none."""
+    """auto: the GPU where there is one. ValueError: cuda was asked for and there is none, or torchrun was used."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were started (torchrun); this version trains in one.")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but PyTorch sees no GPU here. Use --device cpu or auto.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--local_rank {local_rank} asks for a GPU that is not there: there are "
+                         f"{torch.cuda.device_count()}, counted from 0.")
+    device = torch.device("cuda", max(local_rank, 0))
+    torch.cuda.set_device(device)            # events and streams without a device mean this one
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: convolutions too
-    return torch.device("cuda", max(local_rank, 0))
+    return device
 
 
 def choose_precision(settings, device: torch.device) -> torch.dtype:
@@ -99,7 +107,7 @@ def choose_precision(settings, device: torch.device) -> torch.dtype:
         return torch.float32
     if device.type == "cuda":
         if asked == "auto":
-            asked = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[asked]
     native = _cpu_has_bf16()
     if asked == "fp16":
@@ -111,7 +119,7 @@ def choose_precision(settings, device: torch.device) -> torch.dtype:
 def attention_kernel(model: nn.Module, device: torch.device, precision: torch.dtype):
     """A context that picks the kernel of `scaled_dot_product_attention` where PyTorch's choice is the slower one.
 
-    On a CPU in bfloat16 with few tokens the plain products beat the fused kernel (`bench/README.md`); its memory,
+    On a CPU in bfloat16 with few tokens the plain products beat the fused kernel (`bench/README.md`); their memory,
     B x H x T x T, is small there.
     """
     if device.type == "cpu" and precision == torch.bfloat16 and model.pos_embed.shape[1] <= 128:
