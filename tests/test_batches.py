@@ -146,5 +146,6 @@ def test_a_step_never_makes_the_host_wait_for_the_device(tiny_model, files):
         for k, (images, labels) in enumerate(batches.stream(0, 4)):
             if k == 1:  # the first step may set things up
                 torch.cuda.set_sync_debug_mode("error")
-            train_step(model, optimizer, scaler, images, labels % 5, lr=0.1, precision=torch.float16)
+            last = train_step(model, optimizer, scaler, images, labels % 5, lr=0.1, precision=torch.float16)
         torch.cuda.set_sync_debug_mode("default")
+        assert k == 3 and torch.isfinite(last.loss)

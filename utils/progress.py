@@ -56,7 +56,8 @@ def summarise(settings, dataset, model, origin, device, precision, folder) -> No
 class Progress:
     """Follows the updates of a run: `add` each, `flush` before an evaluation.
 
-    FloatingPointError: an update was not finite (outside fp16's normal overflows), or the loss scale fell below 1;
+    FloatingPointError: an update was not finite (outside fp16's normal overflows), the loss scale fell below 1, or
+    PATIENCE updates in a row overflowed;
     names the true step. The update itself was masked on the device.
     """
 
