@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None):
     return FrozenConfigDict({
         "name": name,
+        "in_chans": 3,                  # of the images; `mean` and `std` have one value a channel
         "patch_size": (patch, patch),   # in pixels; for a hybrid in cells of the stem's output
         "hidden_size": width,
         "mlp_dim": mlp,

@@ -13,16 +13,16 @@ from models.modeling_resnet import ResNetStem, init_stem, lecun_normal_, stem
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, h * w, D), row by row: one convolution of stride P, behind the ResNet stem if there is one.
+    """(B, C, H, W) -> (B, h * w, D), row by row: one convolution of stride P, behind the ResNet stem if there is one.
 
     Pixels at the bottom and right that fill no patch are dropped, as Google's VALID convolution does.
     """
 
     def __init__(self, config):
         super().__init__()
-        channels = 3
+        channels = config.in_chans
         if config.resnet is not None:
-            self.backbone = stem(config.resnet, config.norm_eps)
+            self.backbone = stem(config.resnet, channels, config.norm_eps)
             channels = self.backbone.out_channels
         self.proj = nn.Conv2d(channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
@@ -91,7 +91,7 @@ class PreLogits(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, H, W), normalised to [-1, 1] -> logits (B, C).
+    """Images (B, in_chans, H, W), normalised to [-1, 1] -> logits (B, C).
 
     config: one of `models.configs`; img_size: pixels, an int or (H, W), square or not;
     num_classes: C, or 0 for no head (the output is then what the head would see).
@@ -118,10 +118,11 @@ class VisionTransformer(nn.Module):
         self.initialize()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, T, D), after the final norm; the class token, if there is one, comes first."""
-        if images.shape[1:] != (3, *self.img_size):
-            raise ValueError(f"This model takes images (B, 3, {self.img_size[0]}, {self.img_size[1]}) and was given "
-                             f"{tuple(images.shape)}. Load it with img_size={tuple(images.shape[-2:])} instead.")
+        """(B, in_chans, H, W) -> (B, T, D), after the final norm; the class token, if there is one, comes first."""
+        expected = (self.config.in_chans, *self.img_size)
+        if images.shape[1:] != expected:
+            raise ValueError(f"This model takes images (B, {', '.join(map(str, expected))}) and was given "
+                             f"{tuple(images.shape)}. Load it with the img_size and in_chans of your images.")
         x = self.patch_embed(images)                                              # (B, h * w, D)
         if self.config.classifier == "token":
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1 + h * w, D)

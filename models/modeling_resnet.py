@@ -69,9 +69,9 @@ class ResidualUnit(nn.Module):
 class Root(nn.Module):
     """7x7 convolution of stride 2, norm, ReLU, 3x3 max-pool of stride 2: a quarter of the size."""
 
-    def __init__(self, width, eps):
+    def __init__(self, in_chans, width, eps):
         super().__init__()
-        self.conv = StdConv2d(3, width, 7, stride=2)
+        self.conv = StdConv2d(in_chans, width, 7, stride=2)
         self.norm = group_norm(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,12 +81,12 @@ class Root(nn.Module):
 
 
 class ResNetStem(nn.Module):
-    """Root, then stages of residual units: (B, 3, H, W) -> (B, out_channels, ceil(H / scale), ceil(W / scale))."""
+    """Root, then stages of residual units: (B, C, H, W) -> (B, out_channels, ceil(H / scale), ceil(W / scale))."""
 
-    def __init__(self, num_layers, width_factor, eps):
+    def __init__(self, num_layers, width_factor, in_chans, eps):
         super().__init__()
         width = int(64 * width_factor)
-        self.stem = Root(width, eps)
+        self.stem = Root(in_chans, width, eps)
         self.stages = nn.ModuleList()
         self.out_channels = width
         for i, units in enumerate(num_layers):
@@ -112,13 +112,13 @@ class ResNetStem(nn.Module):
         return size
 
 
-def stem(resnet, eps: float) -> nn.Module:
+def stem(resnet, in_chans: int, eps: float) -> nn.Module:
     """The stem of a config's `resnet`; timm names a root without stages with no `.stem` before it, so do we."""
     if not resnet.num_layers:
-        root = Root(int(64 * resnet.width_factor), eps)
+        root = Root(in_chans, int(64 * resnet.width_factor), eps)
         root.out_channels = root.conv.out_channels
         return root
-    return ResNetStem(resnet.num_layers, resnet.width_factor, eps)
+    return ResNetStem(resnet.num_layers, resnet.width_factor, in_chans, eps)
 
 
 @torch.no_grad()

@@ -27,18 +27,18 @@ def test_kernels_are_standardised_with_the_epsilon_on_the_deviation():
 
 
 def test_root_is_a_quarter_of_the_size_rounded_up_and_never_negative():
-    y = Root(32, 1e-6)(torch.randn(1, 3, 37, 40))
+    y = Root(3, 32, 1e-6)(torch.randn(1, 3, 37, 40))
     assert y.shape == (1, 32, 10, 10) and y.min() >= 0
 
 
 def test_stages_halve_and_widen():
-    stem = ResNetStem((1, 2), 0.5, 1e-6)
+    stem = ResNetStem((1, 2), 0.5, 3, 1e-6)
     assert stem(torch.randn(1, 3, 37, 64)).shape == (1, 256, 5, 8)
     assert stem.out_channels == 256 and ResNetStem.output_size((37, 64), (1, 2)) == (5, 8)
 
 
 def test_a_new_stem_starts_with_its_last_norms_at_zero():
-    stem = ResNetStem((1,), 0.5, 1e-6)
+    stem = ResNetStem((1,), 0.5, 3, 1e-6)
     init_stem(stem)
     assert torch.count_nonzero(stem.stages[0].blocks[0].norm3.weight) == 0
     assert torch.equal(stem.stages[0].blocks[0].norm1.weight, torch.ones(32))
