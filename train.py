@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from ml_collections import FrozenConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from models import configs, exchange, sources
+from models import configs, exchange, huggingface, sources
+from models.fill import with_channels
 from models.modeling import VisionTransformer
 from utils import data
 from utils.batches import EvalBatches, TrainBatches, resident
@@ -26,24 +28,30 @@ from utils.step import attention_kernel, choose_device, choose_precision, make_s
 log = logging.getLogger("train")
 
 
-def build_model(settings: Settings, num_classes: int) -> tuple[VisionTransformer, dict]:
-    """The model to start from, and the file it comes from: {"name", "sha256"}, empty from scratch."""
-    config = configs.get_config(settings.model_type) if settings.model_type else None
-    scratch = settings.pretrained_dir == "none"
-    if scratch:
-        config = config or configs.get_config("ViT-B_16")
+def choose_model(settings: Settings) -> tuple[FrozenConfigDict, tuple[int, int], Path | None]:
+    """What to start from: configuration, image size and weights (None: from scratch). No tensor is read yet."""
+    asked = None if settings.model_type == "auto" else configs.get_config(settings.model_type)
+    if settings.pretrained_dir == "none":
+        path, config = None, asked or configs.get_config("ViT-B_16")
         native = (32, 32) if config.name == "ViT-demo" else (224, 224)
     else:
-        path = sources.fetch(settings.pretrained_dir or f"checkpoint/{config.name if config else 'ViT-B_16'}.npz")
-        config, native = exchange.describe(path, config)
+        path = sources.fetch(settings.pretrained_dir or f"checkpoint/{asked.name if asked else 'ViT-B_16'}.npz")
+        config, native = exchange.describe(path, asked, settings.img_size)
+    config = with_channels(config, settings.in_chans or config.in_chans)
     if settings.dropout is not None:
         config = configs.replace(config, dropout_rate=settings.dropout)
-    size = settings.img_size or tuple(min(n, 224) for n in native)
-    if scratch:
+    usual = native if max(native) <= 224 or native[0] != native[1] else (224, 224)
+    return config, settings.img_size or usual, path
+
+
+def build_model(settings: Settings, config, size, path, num_classes: int) -> tuple[VisionTransformer, dict]:
+    """The model with a new head, and the file it comes from: {"name", "sha256"}, empty from scratch."""
+    if path is None:
         torch.manual_seed(settings.seed)  # of the initial values
         return VisionTransformer(config, size, num_classes), {}
-    model = exchange.load(path, img_size=size, num_classes=num_classes, config=config)
-    return model, {"name": path.name, "sha256": sha256(path)}
+    model = exchange.load(path, img_size=size, num_classes=num_classes, config=config, in_chans=config.in_chans)
+    weights = huggingface.weights_in(path) if path.is_dir() else path
+    return model, {"name": path.name, "sha256": sha256(weights)}
 
 
 def make_batches(settings: Settings, dataset: data.Data, model: VisionTransformer, device):
@@ -67,9 +75,10 @@ def train(settings: Settings, command: str = "") -> dict:
     precision = choose_precision(settings, device)
     if settings.name:
         check_free(Path(settings.output_dir) / settings.name, settings.overwrite)  # before anything takes its time
+    config, size, path = choose_model(settings)
     dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction,
-                        seed=settings.seed)
-    model, origin = build_model(settings, len(dataset.train.classes))
+                        seed=settings.seed, in_chans=config.in_chans)
+    model, origin = build_model(settings, config, size, path, len(dataset.train.classes))
     size = "x".join(str(n) for n in dict.fromkeys(model.img_size))
     folder = Path(settings.output_dir) / (settings.name or f"{dataset.name}-{model.config.name}-{size}")
     check_free(folder, settings.overwrite)
@@ -89,7 +98,8 @@ def train(settings: Settings, command: str = "") -> dict:
 
 def fit(settings: Settings, model, batches: TrainBatches, selection: EvalBatches, precision, run: Run, about: dict):
     """The loop: update, follow, and from time to time evaluate and save. Returns what is known of `last` and `best`."""
-    optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(model, settings.optimizer, weight_decay=settings.weight_decay,
+                               momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
     scaler = make_scaler(batches.device.type, precision, settings.loss_scale)
     progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=scaler.is_enabled())
     best = None

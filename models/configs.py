@@ -7,7 +7,7 @@ which also gives the dropout rates. Everything that decides a number stands here
 from ml_collections import FrozenConfigDict
 
 
-def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None):
+def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None, classifier="token"):
     return FrozenConfigDict({
         "name": name,
         "in_chans": 3,                  # of the images; `mean` and `std` have one value a channel
@@ -16,7 +16,7 @@ def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None):
         "mlp_dim": mlp,
         "num_heads": heads,
         "num_layers": layers,
-        "classifier": "token",          # or "gap": mean over the tokens, no class token
+        "classifier": classifier,       # "token", or "gap": mean over the tokens, no class token
         "representation_size": None,    # width of `pre_logits` (Dense, tanh) before the head, or None
         "resnet": stem,                 # hybrids: {"num_layers": units of each stage, "width_factor": root width / 64}
         "dropout_rate": dropout,
@@ -46,6 +46,10 @@ CONFIGS = {
         _vit("ViT-L_16",   16, 1024, 4096, 16, 24, dropout=0.1),
         _vit("ViT-L_32",   32, 1024, 4096, 16, 24),
         _vit("ViT-H_14",   14, 1280, 5120, 16, 32, dropout=0.1),
+        _vit("ViT-S_16-gap-norep", 16,  384, 1536,  6, 12, classifier="gap"),
+        _vit("ViT-S_32-gap-norep", 32,  384, 1536,  6, 12, classifier="gap"),
+        _vit("ViT-B_16-gap-norep", 16,  768, 3072, 12, 12, classifier="gap"),
+        _vit("ViT-B_32-gap-norep", 32,  768, 3072, 12, 12, classifier="gap"),
         _vit("R+ViT-Ti_16",  8,  192,  768,  3, 12, stem=_stem()),
         _vit("R26+ViT-S_32", 1,  384, 1536,  6, 12, stem=_stem(2, 2, 2, 2)),
         _vit("R26+ViT-B_32", 1,  768, 3072, 12, 12, stem=_stem(2, 2, 2, 2)),

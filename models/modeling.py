@@ -115,7 +115,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
         self.head = nn.Linear(config.representation_size or D, num_classes) if num_classes else nn.Identity()
-        self.initialize()
+        if not self.pos_embed.is_meta:  # a model without memory is about to be filled from a file
+            self.initialize()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, T, D), after the final norm; the class token, if there is one, comes first."""

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -41,3 +43,12 @@ def image_folder(tmp_path):
                 pixels[..., 2 - label] += 150
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_it_was():
+    """The command lines send the log to their stdout, which the next test has not."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)

@@ -94,6 +94,21 @@ def test_views_carry_the_normalisation_they_are_given():
     assert torch.allclose(out[0, :, 0, 0], (200 / 255 - mean) / std, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_each_channel_is_looked_at_as_if_it_were_alone(channels):
+    images = [torch.randint(0, 256, (channels, *size), dtype=torch.uint8) for size in ((40, 30), (9, 70))]
+    boxes = torch.tensor([[3, 2, 30, 25], [0, 5, 9, 60]])
+    rows, columns = box_taps(boxes, torch.tensor([True, False]), (12, 16))
+    one = [(rows.of(b), columns.of(b)) for b in range(2)]
+    mean, std = torch.linspace(90, 150, channels).view(-1, 1, 1), torch.linspace(50, 99, channels).view(-1, 1, 1)
+    cut = [shrink(image, *t) for image, t in zip(images, one)]
+    batch = view(*stack(*map(list, zip(*cut))), mean, std)
+    assert batch.shape == (2, channels, 12, 16) and batch.is_contiguous()
+    for b, c in np.ndindex(2, channels):
+        colour = images[b][None, c:c + 1].expand(-1, 3, -1, -1)
+        assert torch.allclose(batch[b, c], view(colour, *one[b], mean[c], std[c])[0, 1], atol=1e-5)
+
+
 def test_views_stay_float32_inside_autocast():
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     taps = whole(1, (32, 32), (20, 20))

@@ -110,6 +110,15 @@ def test_half_of_the_training_images_are_mirrored():
     assert 0.47 < (images[:, 0, 0, 0] > images[:, 0, 0, -1]).float().mean() < 0.53
 
 
+@pytest.mark.parametrize("mean, std", [((0.5,), (0.5,)), ((0.5,) * 3, (0.5,) * 4), ((0.5,) * 4, (0.5,) * 4)])
+def test_a_normalisation_of_other_channels_is_refused(files, mean, std):
+    for split in (split_of(4), files):
+        with pytest.raises(ValueError) as error:
+            training(split, mean=mean, std=std)
+        assert str(error.value) == (f"The images have 3 channels, but mean has {len(mean)} values and std {len(std)}: "
+                                    "there must be one for each channel.")
+
+
 def test_images_much_larger_than_the_model_takes_stay_a_list(tmp_path):
     """As one tensor, every batch would have to be made at their full size."""
     Image.new("RGB", (50, 40)).save(tmp_path / "a.png")

@@ -2,13 +2,13 @@ import logging
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
 
 from models import npz
+from models.archive import Archive
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
-from models.npz import google_zeroes_edge, load_npz, resize_pos_embed, save_npz
+from models.npz import identify, load_npz, save_npz
 from tests.conftest import randomise
 
 
@@ -85,8 +85,8 @@ def test_fine_tuning_gets_a_zero_head_and_no_pre_logits(tiny_config, tmp_path, c
 
 def test_an_unwanted_head_is_not_even_read(file, monkeypatch):
     read = []
-    original = npz.Archive.read
-    monkeypatch.setattr(npz.Archive, "read", lambda self, key: (read.append(key), original(self, key))[1])
+    original = Archive.read
+    monkeypatch.setattr(Archive, "read", lambda self, key: (read.append(key), original(self, key))[1])
     load_npz(file, num_classes=5)
     assert not [key for key in read if key.startswith("head")]
     assert len(read) == len(set(read)) == len(arrays_of(file)) - 2  # every other array once
@@ -116,6 +116,37 @@ def test_published_structure_brings_its_name_and_dropout(tmp_path):
     assert load_npz(tmp_path / "a.npz", config=asked).config.dropout_rate == 0.2
 
 
+def test_identify_tells_what_a_file_is_without_reading_it(tiny_config, tmp_path, monkeypatch):
+    config = replace(tiny_config, classifier="gap", representation_size=20)
+    model = randomise(VisionTransformer(config, (16, 40), 5))
+    save_npz(model, tmp_path / "a.npz")
+    save_npz(model, tmp_path / "b.npz", dtype="float16")
+    changed(tmp_path / "b.npz", head__bias=np.zeros(5, np.float32))
+    what = identify(tmp_path / "a.npz")
+    assert what.config == config and what.grid == (4, 10) and what.img_size == (16, 40) and what.num_classes == 5
+    assert what.parameters == sum(p.numel() for p in model.parameters()) and what.families == ()
+    assert what.size == (tmp_path / "a.npz").stat().st_size
+    assert what.dtype == "float32" and identify(tmp_path / "b.npz").dtype == "mixed"
+    changed(tmp_path / "a.npz", grid=None)
+    monkeypatch.setattr(Archive, "read", None)  # no tensor is read
+    assert identify(tmp_path / "a.npz").grid is None
+    assert identify(tmp_path / "a.npz").img_size is None
+
+
+def test_a_foreign_grid_that_is_not_square_is_asked_for_and_can_be_told(tiny_config, tmp_path):
+    model = randomise(VisionTransformer(tiny_config, (16, 40), 5))
+    save_npz(model, tmp_path / "a.npz")
+    changed(tmp_path / "a.npz", grid=None)
+    with pytest.raises(ValueError, match=r"40 positions are no square grid.*--img_size H,W.*array 'grid'"):
+        load_npz(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="no square grid"):
+        load_npz(tmp_path / "a.npz", img_size=(24, 40))
+    assert torch.equal(load_npz(tmp_path / "a.npz", img_size=(16, 40)).pos_embed, model.pos_embed)
+    changed(tmp_path / "a.npz", grid=np.array([3, 9]))
+    with pytest.raises(ValueError, match=r"'grid' says \(3, 9\), and there are 40 positions"):
+        load_npz(tmp_path / "a.npz")
+
+
 def test_another_variant_is_refused_with_both_named(tmp_path):
     save_npz(VisionTransformer(CONFIGS["ViT-Ti_16"], 32, 3), tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"holds a ViT-Ti_16, not ViT-S_16: hidden_size 192 instead of 384"):
@@ -143,7 +174,7 @@ def test_numbers_that_are_not_finite_are_refused(file):
 
 def test_pickled_objects_are_refused(file):
     changed(file, cls=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match=r"not a complete .npz file \('cls.npy' holds object and no numbers\)"):
+    with pytest.raises(ValueError, match=r"tiny.npz: 'cls.npy' holds object and no numbers"):
         load_npz(file)
 
 
@@ -173,33 +204,6 @@ def test_another_kind_of_npz_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", weights=np.zeros(3))
     with pytest.raises(ValueError, match="no Vision Transformer of Google's"):
         load_npz(tmp_path / "a.npz")
-
-
-def test_resize_keeps_the_class_row_and_the_corners_and_says_so(caplog):
-    pos = torch.randn(1, 1 + 9, 4)
-    with caplog.at_level(logging.INFO):
-        out = resize_pos_embed(pos, (3, 3), (5, 4))
-    grid, old = out[0, 1:].reshape(5, 4, 4), pos[0, 1:].reshape(3, 3, 4).double()
-    assert torch.equal(out[0, 0], pos[0, 0].double())
-    assert torch.equal(grid[[0, 0, -1, -1], [0, -1, 0, -1]], old[[0, 0, -1, -1], [0, -1, 0, -1]])
-    assert torch.allclose(grid[1, 0], (old[0, 0] + old[1, 0]) / 2)
-    assert "from 3 x 3 to 5 x 4" in caplog.text and "zero" not in caplog.text
-
-
-def test_the_edge_that_google_zeroes_is_interpolated_and_said(caplog):
-    assert google_zeroes_edge(28, 48) and google_zeroes_edge(16, 30) and google_zeroes_edge(24, 22)
-    assert not google_zeroes_edge(14, 24) and not google_zeroes_edge(7, 12) and not google_zeroes_edge(28, 28)
-    with caplog.at_level(logging.INFO):
-        out = resize_pos_embed(torch.ones(1, 28 * 28, 1), (28, 28), (48, 48))
-    assert torch.allclose(out, torch.ones_like(out)) and "Google's own resize leaves" in caplog.text
-
-
-@pytest.mark.parametrize("old, new", [((14, 14), (24, 24)), ((7, 7), (12, 12)), ((3, 5), (6, 2)), ((12, 12), (1, 1))])
-def test_resize_is_the_scipy_zoom_that_google_calls(old, new):
-    grid = np.random.default_rng(0).normal(size=(*old, 3))
-    google = scipy.ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1)
-    ours = resize_pos_embed(torch.from_numpy(grid.reshape(1, -1, 3)), old, new)
-    assert np.allclose(ours.numpy().reshape(*new, 3), google, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -28,6 +28,11 @@ def test_every_flag_of_vit_pytorch_is_accepted_also_with_hyphens():
     assert s.img_size == (384, 384) and s.fp16 and s.loss_scale == 128 and s.learning_rate == 0.1 and s.num_workers == 3
 
 
+def test_momentum_is_stored_in_float32_unless_bfloat16_is_asked_for():
+    assert parse([]).momentum_dtype == "float32" == parse(["--optimizer", "adamw"]).momentum_dtype
+    assert parse(["--momentum-dtype", "bfloat16"]).momentum_dtype == "bfloat16"
+
+
 def test_the_papers_recipe_fills_defaults_and_what_is_given_by_hand_wins():
     assert parse(["--recipe", "paper"]).img_size == (384, 384)
     assert parse(["--recipe", "paper"]).learning_rate == 0.01
@@ -47,7 +52,8 @@ def test_a_mistyped_flag_names_the_nearest_one(capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--learning_rate", "abc"], "--learning_rate: invalid float value: 'abc'"),
     (["--img_size", "big"], "'big' is no image size: give 224"), (["--img_size", "0"], "'0' is no image size"),
-    (["--decay_type", "step"], "invalid choice: 'step'"), (["--num_steps"], "expected one argument")])
+    (["--decay_type", "step"], "invalid choice: 'step'"),
+    (["--momentum_dtype", "float16"], "invalid choice: 'float16'"), (["--num_steps"], "expected one argument")])
 def test_a_wrong_value_is_one_line(capsys, argv, words):
     message = error_of(capsys, *argv)
     assert words in message and message.count("\n") == 1
@@ -61,7 +67,10 @@ def test_a_wrong_value_is_one_line(capsys, argv, words):
     (dict(learning_rate=float("nan")), "--learning_rate is nan"), (dict(val_fraction=1.0), "--val_fraction is 1.0"),
     (dict(dropout=1.5), "--dropout is 1.5; it must lie between 0 and 1"), (dict(min_area=2.0), "--min_area is 2.0"),
     (dict(name="/abs"), "--name '/abs' would leave"), (dict(local_rank=-2), "--local_rank is -2"),
-    (dict(eval_every=0), "--eval_every is 0"), (dict(fp16=True, bf16=True), "bf16 and fp16. Choose one")])
+    (dict(momentum_dtype="bfloat16", optimizer="adam"),
+     "--momentum_dtype bfloat16 is for sgd's momentum; --optimizer is adam."),
+    (dict(in_chans=0), "--in_chans is 0; it must be at least 1"), (dict(eval_every=0), "--eval_every is 0"),
+    (dict(fp16=True, bf16=True), "bf16 and fp16. Choose one")])
 def test_settings_that_no_run_can_have_are_refused(values, words):
     with pytest.raises(ValueError) as error:
         Settings(**values)

@@ -231,22 +231,6 @@ def test_each_address_and_its_answer_is_listed_when_all_fail(server, published, 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
 
-AUGREG = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384"
-
-
-@pytest.mark.parametrize("path, name, model, size", [
-    ("checkpoint/ViT-B_16.npz", "imagenet21k/ViT-B_16", "ViT-B_16", 224),
-    ("checkpoint/imagenet21k+imagenet2012/ViT-B_16-224.npz", "imagenet21k+imagenet2012/ViT-B_16-224", "ViT-B_16", 224),
-    ("checkpoint/imagenet21k+imagenet2012/ViT-L_32.npz", "imagenet21k+imagenet2012/ViT-L_32", "ViT-L_32", 384),
-    ("checkpoint/R50-ViT-B_16.npz", "imagenet21k/R50+ViT-B_16", "R50+ViT-B_16", 224),
-    (f"checkpoint/augreg/{AUGREG}.npz", f"augreg/{AUGREG}", "ViT-Ti_16", 384),
-    (f"{AUGREG}.npz", f"augreg/{AUGREG}", "ViT-Ti_16", 384),
-])
-def test_a_path_names_one_published_file(path, name, model, size):
-    assert sources.published_name(sources.Path(path)) == name
-    assert sources.model_name(name) == model and sources.image_size(name) == size
-
-
 def test_an_unknown_name_is_refused_with_the_nearest_published_ones(server, tmp_path):
     with pytest.raises(ValueError, match=r"There is no file .*ViT-B16.npz, and Google published no "
                                          r"imagenet21k/ViT-B16.npz.*nearest(.|\n)*\n  imagenet21k/ViT-B_16\n"):
@@ -262,46 +246,3 @@ def test_a_short_augreg_name_is_refused_with_the_candidates(server, tmp_path, sh
         sources.fetch(tmp_path / short)
     names = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert len(names) > 3 and all(name.startswith("augreg/B_16-") for name in names) and not server.asked
-
-
-# --- The table -------------------------------------------------------------------------------------------------------
-
-def test_every_copy_belongs_to_one_published_file_and_to_a_known_model():
-    for name in [*sources.SAME_WEIGHTS, *sources.GOOGLE_ONLY]:
-        folder, stem = name.split("/")
-        assert name in sources.SIZES or (folder == "augreg" and sources.AUGREG.fullmatch(stem)), name
-        assert sources.model_name(name) in CONFIGS and sources.image_size(name) in (224, 384)
-    repositories = [repository for copies in sources.SAME_WEIGHTS.values() for repository in copies]
-    assert len(set(repositories)) == len(repositories)
-    assert all(repository.startswith(("timm/", "google/vit-")) for repository in repositories)
-    assert not set(sources.GOOGLE_ONLY) & set(sources.SAME_WEIGHTS)
-
-
-def test_the_listed_sizes_are_those_of_the_float32_parameters():
-    for name, size in sources.SIZES.items():
-        if name == "sam/ViT-S_16":  # three copies of each parameter: an optimizer's state is with them
-            continue
-        config, classes = CONFIGS[sources.model_name(name)], 1000
-        if name.startswith("imagenet21k/"):
-            config, classes = replace(config, representation_size=config.hidden_size), 21843
-        with torch.device("meta"):
-            model = VisionTransformer(config, sources.image_size(name), classes)
-        assert sum(p.numel() for p in model.parameters()) * 4 / 2**20 == pytest.approx(size, rel=0.005), name
-
-
-def test_timms_tables_name_the_very_file_for_each_augreg_and_sam_copy():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    for name, copies in sources.SAME_WEIGHTS.items():
-        for repository in copies:
-            if repository.startswith("timm/"):
-                config = timm.get_pretrained_cfg(repository.removeprefix("timm/"))
-                assert config.hf_hub_id == repository and config.input_size[-1] == sources.image_size(name)
-                if name.startswith(("augreg/", "sam/")):
-                    assert config.url == f"https://storage.googleapis.com/vit_models/{name}.npz"
-
-
-def test_the_readme_lists_each_file_and_each_copy():
-    text = (sources.Path(sources.__file__).parents[1] / "checkpoint" / "README.md").read_text(encoding="utf-8")
-    for name in [*sources.SIZES, *sources.SAME_WEIGHTS, *sources.GOOGLE_ONLY]:
-        assert f"| {name.split('/')[1]} |" in text
-        assert all(repository in text for repository in sources.SAME_WEIGHTS.get(name, ()))

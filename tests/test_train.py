@@ -6,13 +6,19 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import train
-from models import exchange
+from models import exchange, huggingface
+from models.configs import replace
 from models.modeling import VisionTransformer
 from models.npz import save_npz
+from tests.conftest import randomise
+from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
 from utils import data
 
 
@@ -50,6 +56,56 @@ def error_of(capsys, call, *argv):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+KINDS = {  # changes of the configuration, what is done to its arrays
+    **{name: ({}, change) for name, (change, _) in LAYOUTS.items()},
+    "published": ({}, dict), "gap": ({"classifier": "gap"}, dict), "pre_logits": ({"representation_size": 20}, dict),
+    "float16": ({}, lambda arrays: {key: a.astype(np.float16) for key, a in arrays.items()}),
+    "bfloat16": ({}, bfloat16), "no class row": ({}, lambda arrays: big_vision(arrays, class_row=False)),
+    "hybrid, root alone": ({"resnet": {"num_layers": (), "width_factor": 0.5}, "patch_size": (1, 1)}, dict),
+    "hybrid, three stages": ({"resnet": {"num_layers": (1, 2, 1), "width_factor": 0.5}, "patch_size": (1, 1)}, linen),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_npz_starts_a_run_with_no_other_flag(kind, start, tiny_config, tmp_path):
+    changes, change = KINDS[kind]
+    save_npz(randomise(VisionTransformer(replace(tiny_config, **changes), 32, 5)), tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", **change(arrays_of(tmp_path / "a.npz")))
+    result = start("--pretrained_dir", tmp_path / "b.npz", "--num_steps", 3, "--warmup_steps", 1, "--img_size", 32)
+    losses = values(result, "train/loss")
+    assert losses[1] == pytest.approx(math.log(3), abs=1e-6) and 0.5 < losses[3] < 2 and losses[3] != losses[1]
+    origin = exchange.read_metadata(result["folder"] / "last.safetensors")["finetuned_from"]
+    assert origin["name"] == "b.npz"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "folder"])
+def test_other_formats_start_a_run_too(kind, start, tiny_config, tmp_path):
+    model = randomise(VisionTransformer(replace(tiny_config, hidden_size=192, mlp_dim=768, num_heads=3, num_layers=6),
+                                        32, 5))
+    if kind == "folder":
+        huggingface.save_folder(model, tmp_path / "a", {})
+    elif kind == "pth":
+        torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    else:
+        save_file(model.state_dict(), tmp_path / "a.safetensors")
+    path = next(tmp_path.glob("a*"))
+    result = start("--pretrained_dir", path, "--num_steps", 3, "--warmup_steps", 1, "--img_size", 32)
+    assert values(result, "train/loss")[1] == pytest.approx(math.log(3), abs=1e-6)
+    about = exchange.read_metadata(result["folder"] / "last.safetensors")
+    assert about["finetuned_from"]["name"] == path.name and about["config"]["num_layers"] == 6
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_channels_asked_for_reach_weights_and_data(channels, start, image_folder):
+    for path in image_folder.rglob("*.png"):
+        Image.open(path).convert("RGBA").save(path)
+    result = start("--in_chans", channels, "--num_steps", 3, "--warmup_steps", 1)
+    about = exchange.read_metadata(result["folder"] / "last.safetensors")
+    assert about["config"]["in_chans"] == channels and len(about["config"]["mean"]) == channels
+    again = start("--pretrained_dir", result["folder"] / "last.safetensors", "--num_steps", 1, name="again")
+    assert exchange.load(again["folder"] / "last.safetensors").patch_embed.proj.weight.shape[1] == channels
 
 
 def test_a_run_learns_evaluates_on_time_and_at_the_end(start):

@@ -90,7 +90,7 @@ def whole_boxes(height: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 def shrink(image: Tensor, rows: Taps, columns: Taps) -> tuple[Tensor, Taps, Taps]:
-    """One image (3, H, W) and its taps (1, S), cut down to the pixels that are looked at: at most 2 S a side."""
+    """One image (C, H, W) and its taps (1, S), cut down to the pixels that are looked at: at most 2 S a side."""
     image, rows = _shrink_axis(image, rows, 1)
     image, columns = _shrink_axis(image, columns, 2)
     return image, rows, columns
@@ -107,7 +107,7 @@ def _shrink_axis(image: Tensor, taps: Taps, axis: int) -> tuple[Tensor, Taps]:
 def stack(images: list[Tensor], rows: list[Taps], columns: list[Taps]) -> tuple[Tensor, Taps, Taps]:
     """Images of different sizes as one batch, padded at the bottom and right where no tap points."""
     height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    batch = torch.zeros(len(images), len(images[0]), height, width, dtype=torch.uint8)
     for target, image in zip(batch, images):
         target[:, :image.shape[1], :image.shape[2]] = image
     return batch, *(Taps(*map(torch.cat, zip(*axis))) for axis in (rows, columns))
@@ -115,17 +115,17 @@ def stack(images: list[Tensor], rows: list[Taps], columns: list[Taps]) -> tuple[
 
 @torch.no_grad()
 def view(images: Tensor, rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) and taps on the same device -> float32 (B, 3, S_h, S_w), (x - mean) / std per channel.
+    """uint8 (B, C, H, W) and taps on the same device -> float32 (B, C, S_h, S_w), (x - mean) / std per channel.
 
-    mean, std: (3, 1, 1) on the scale 0 to 255; (127.5, 127.5) gives Google's [-1, 1].
+    mean, std: (C, 1, 1) on the scale 0 to 255; (127.5, 127.5) gives Google's [-1, 1].
     """
-    B, _, H, W = images.shape
+    B, C, H, W = images.shape
     down, across = _matrix(rows, H), _matrix(columns, W)
     with torch.autocast(images.device.type, enabled=False):        # 16 bits would blur the pixels
-        x = images.permute(0, 2, 1, 3).reshape(B, H, 3 * W).float()
-        x = down @ x                                               # (B, S_h, 3 * W)
-        x = x.view(B, -1, W) @ across.mT                           # (B, S_h * 3, S_w)
-        x = x.view(B, -1, 3, across.shape[1]).transpose(1, 2)      # (B, 3, S_h, S_w)
+        x = images.permute(0, 2, 1, 3).reshape(B, H, C * W).float()
+        x = down @ x                                               # (B, S_h, C * W)
+        x = x.view(B, -1, W) @ across.mT                           # (B, S_h * C, S_w)
+        x = x.view(B, -1, C, across.shape[1]).transpose(1, 2)      # (B, C, S_h, S_w)
         return ((x - mean) / std).contiguous()
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.augment import Taps, box_taps, random_boxes, shrink, stack, view, whole_boxes
-from utils.data import Split, View, decode, decode_all
+from utils.data import ARRAY, Split, View, decode, decode_all
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +31,29 @@ def generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
 
 class Looks(NamedTuple):
     """A part of a batch before it meets the device; where the images lie there already, which ones and their boxes."""
-    pixels: Tensor          # uint8 (n, 3, h, w), or the indices (n,) of resident images
+    pixels: Tensor          # uint8 (n, C, h, w), or the indices (n,) of resident images
     rows: Taps | Tensor     # taps (n, S_h), or boxes (n, 4)
     columns: Taps | Tensor  # taps (n, S_w), or flips (n,)
     labels: Tensor          # (n,)
 
 
 class Batches:
-    """Batches of one split; item k is (images (B, 3, H, W) float32, labels (B,)) on `device`.
+    """Batches of one split; item k is (images (B, C, H, W) float32, labels (B,)) on `device`.
 
     Images that lie in memory are looked at by a thread, one batch ahead; files are decoded by `workers` processes.
+    mean, std: one value for each of the C channels, on the scale 0 to 1; ValueError where there are more or fewer.
     """
 
     def __init__(self, split: Split, *, size: tuple[int, int], batch_size: int, mean, std, device, workers: int = 0):
         self.split, self.size, self.batch_size = split, size, batch_size
         self.device = torch.device(device)
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1).mul(255).to(self.device) for v in (mean, std))
-        self.workers = 0 if isinstance(split.images[0], Tensor) else workers
+        decoded = isinstance(split.images[0], Tensor)
+        channels = len(split.images[0]) if decoded else split.channels
+        if not channels == len(mean) == len(std):  # one value would be spread over all channels without a word
+            raise ValueError(f"The images have {channels} channels, but mean has {len(mean)} values and std "
+                             f"{len(std)}: there must be one for each channel.")
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1).mul(255).to(self.device) for v in (mean, std))
+        self.workers = 0 if decoded else workers
 
     def count(self, k: int) -> int:
         """How many images are in batch k."""
@@ -72,7 +80,8 @@ class Batches:
         if isinstance(images, Tensor):
             boxes, flips = self.boxes(k, part, np.tile(images.shape[2:], (len(indices), 1)))
             return Looks(torch.from_numpy(indices), torch.from_numpy(boxes), torch.from_numpy(flips), labels)
-        images = [images[i] if isinstance(images[i], Tensor) else decode(images[i]) for i in indices]
+        images = [images[i] if isinstance(images[i], Tensor) else decode(images[i], self.split.channels)
+                  for i in indices]
         boxes, flips = self.boxes(k, part, np.array([image.shape[1:] for image in images]))
         rows, columns = box_taps(torch.from_numpy(boxes), torch.from_numpy(flips), self.size)
         small = [shrink(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
@@ -216,17 +225,17 @@ def resident(split: Split, size: tuple[int, int], device, budget: int | None = N
     """
     images = split.images
     if not isinstance(images, Tensor):
-        if decoded_bytes(images) > (memory() // 6 if budget is None else budget):
+        if decoded_bytes(images, split.channels) > (memory() // 6 if budget is None else budget):
             log.info("%s images are too many to keep in memory: worker processes will decode them.", f"{len(split):,}")
             return split
-        images = decode_all(images)
+        images = decode_all(images, channels=split.channels)
         shapes = {image.shape for image in images}
         if len(shapes) > 1 or any(n > 2 * s for n, s in zip(images[0].shape[1:], size)):
-            return Split(images, split.labels, split.classes)
+            return replace(split, images=images)
         images = torch.stack(images)
     if torch.device(device).type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 4:
         images = images.to(device)
-    return Split(images, split.labels, split.classes)
+    return replace(split, images=images)
 
 
 def memory() -> int:
@@ -237,14 +246,17 @@ def memory() -> int:
         return 8 << 30
 
 
-def decoded_bytes(paths: list) -> int:
+def decoded_bytes(paths: list, channels: int = 3) -> int:
     """About how many bytes the files have when decoded: from the headers of at most 200 of them."""
     sample = paths[::-(-len(paths) // 200)]
     total = 0
     for path in sample:
         try:
-            with Image.open(path) as image:
-                total += image.width * image.height * 3
+            if Path(path).suffix.lower() == ARRAY:
+                total += os.path.getsize(path)
+            else:
+                with Image.open(path) as image:
+                    total += image.width * image.height * channels
         except (OSError, ValueError, Image.DecompressionBombError):
             continue  # decoding will name the file
     return total * len(paths) // len(sample)

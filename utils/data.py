@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,24 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+ARRAY = ".npy"  # an image as it is, of any number of channels
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ARRAY}
 NOTES = {".txt", ".csv", ".tsv", ".json", ".md", ".db", ".ini"}  # usual beside images: no word
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 LAYOUT = "DIR/train/CLASS/*.jpg with DIR/test/CLASS/* or DIR/val/CLASS/* beside it, or DIR/CLASS/*.jpg"
 HELD_OUT = 0.2  # the share of train that becomes the test part where a folder has none
 DIGITS_SEED = 0  # the test part of digits is the same in every run
+STORED = {2: "LA", 4: "RGBA"}  # channels that are no colour: the modes of Pillow that hold so many, taken as they are
 
 
 @dataclass(frozen=True)
 class Split:
     """N labelled images, decoded or still files."""
 
-    images: Tensor | list[Path]  # (N, 3, H, W) uint8, or the files, still to be decoded
+    images: Tensor | list[Path]  # (N, channels, H, W) uint8, or the files, still to be decoded
     labels: Tensor  # (N,) int64
     classes: tuple[str, ...]
+    channels: int = 3  # that files are decoded to
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,22 +75,28 @@ class NamedSet:
     test_name: str
 
 
-def load(dataset: str, *, data_dir: str = "data", val_fraction: float = 0.0, seed: int = 42) -> Data:
+def load(dataset: str, *, data_dir: str = "data", val_fraction: float = 0.0, seed: int = 42,
+         in_chans: int = 3) -> Data:
     """Reads a named set (`NAMED`) or a folder; files are listed, not decoded.
 
     `val_fraction` of train (seeded, stratified) becomes the validation part, unless the folder has both
-    val/ and test/. ValueError or OSError: a sentence on what was found and expected.
+    val/ and test/. Images have `in_chans` channels: 3 are RGB, 1 is grey, others must be stored so (`decode`).
+    ValueError or OSError: a sentence on what was found and expected.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction:g}: the share of train to hold out is 0 to below 1.")
     if dataset in NAMED:
+        if in_chans not in (1, 3):
+            raise ValueError(f"--in_chans is {in_chans}; {dataset} comes with 3 channels, or with 1 as grey images.")
         named = NAMED[dataset]
         train, test = named.read(Path(data_dir))
+        if in_chans == 1:
+            train, test = _grey(train), _grey(test)
         data = Data(dataset, train, None, test, named.view, named.test_name)
         if Path(dataset).is_dir():
             log.info("%s is the named set; for the folder here write %s.", dataset, Path(dataset).absolute())
     else:
-        data = _folder(dataset, seed)
+        data = _folder(dataset, seed, in_chans)
     if not val_fraction:
         return data
     if data.val is not None:
@@ -155,13 +165,21 @@ NAMED: dict[str, NamedSet] = {
 }
 
 
-def _folder(dataset: str, seed: int) -> Data:
+def _grey(split: Split) -> Split:
+    """A split of RGB images in memory with one channel, made by Pillow as it is for files."""
+    N, C, H, W = split.images.shape
+    tall = split.images.permute(0, 2, 3, 1).reshape(N * H, W, C).numpy()  # all at once, one below the other
+    grey = torch.from_numpy(np.array(Image.fromarray(tall).convert("L")))
+    return replace(split, images=grey.view(N, 1, H, W), channels=1)
+
+
+def _folder(dataset: str, seed: int, channels: int) -> Data:
     """DIR/train/CLASS/* with test/ or val/, or DIR/CLASS/*; with no part to score, one is split off train."""
     root = Path(dataset)
     if not root.is_dir():
         _refuse(dataset)
     name, parts = root.resolve().name, _parts(root)
-    train = _scan(parts.get("train", root))
+    train = _scan(parts.get("train", root), channels)
     if len(train.classes) < 2:  # each has an image at least, so two classes are two images
         raise ValueError(f"{parts.get('train', root)} has one class only, {train.classes[0]} ({len(train)} "
                          f"images): training needs two or more. Expected {LAYOUT}.")
@@ -173,8 +191,8 @@ def _folder(dataset: str, seed: int) -> Data:
         log.info("%s has neither test/ nor val/: %d of %d images (20 %%, stratified, seed %d) are held out "
                  "as its test part.", root, len(held), len(train), seed)
         return Data(name, train.subset(kept), None, train.subset(held), View(), "held-out 20 % of train")
-    val = _scan(parts["val"], train.classes) if {"val", "test"} <= parts.keys() else None
-    return Data(name, train, val, _scan(scored, train.classes), View(), f"{scored.name}/")
+    val = _scan(parts["val"], channels, train.classes) if {"val", "test"} <= parts.keys() else None
+    return Data(name, train, val, _scan(scored, channels, train.classes), View(), f"{scored.name}/")
 
 
 def _refuse(dataset: str) -> None:
@@ -209,7 +227,7 @@ def _folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.name[0] != "." and entry.is_dir())
 
 
-def _scan(root: Path, classes: tuple[str, ...] | None = None) -> Split:
+def _scan(root: Path, channels: int, classes: tuple[str, ...] | None = None) -> Split:
     """ROOT/CLASS/**/* -> sorted files, labelled by the place of CLASS in `classes` (None: those found)."""
     skipped = Counter()
     found = {name: _images(root / name, skipped) for name in _folders(root)}
@@ -234,7 +252,7 @@ def _scan(root: Path, classes: tuple[str, ...] | None = None) -> Split:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in skipped.most_common(5))
         log.warning("%s: %d files with other suffixes are ignored (%s).", root, skipped.total(), kinds)
     counts = torch.tensor([len(found.get(name, ())) for name in classes])
-    return Split(paths, torch.repeat_interleave(counts), classes)
+    return Split(paths, torch.repeat_interleave(counts), classes, channels)
 
 
 def _images(folder: Path, skipped: Counter) -> list[str]:
@@ -254,7 +272,7 @@ def _images(folder: Path, skipped: Counter) -> list[str]:
     return sorted(files)
 
 
-def _suffix(name: str) -> str:
+def _suffix(name: str | Path) -> str:
     return os.path.splitext(name)[1].lower()
 
 
@@ -262,15 +280,19 @@ def _some(names, most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def decode(path) -> Tensor:
-    """File -> (3, H, W) uint8 RGB, turned upright. ValueError: not a readable image."""
+def decode(path, channels: int = 3) -> Tensor:
+    """File -> (channels, H, W) uint8, turned upright. ValueError: not a readable image, or of other channels.
+
+    3 channels are RGB, 1 is its luminance (ITU-R 601). Others are never made, only read: 4 from RGBA with its
+    fourth channel as it is (it may be near infrared), 2 from LA. A .npy has its channels whatever their number.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _decode(path)
+        return _decode(path, channels)
 
 
-def decode_all(paths, workers: int | None = None) -> list[Tensor]:
-    """Files -> (3, H, W) uint8 each, in their order. ValueError: names the first unreadable file."""
+def decode_all(paths, workers: int | None = None, channels: int = 3) -> list[Tensor]:
+    """Files -> (channels, H, W) uint8 each, in their order. ValueError: names the first unreadable file."""
     paths = list(paths)
     if workers is None:
         # Pillow decodes outside of Python's lock but opens inside it: threads slow thumbnails down
@@ -280,24 +302,52 @@ def decode_all(paths, workers: int | None = None) -> list[Tensor]:
     with warnings.catch_warnings():  # here and not in the threads, which share one list of filters
         warnings.simplefilter("ignore")
         if workers <= 1:
-            return [_decode(path) for path in tqdm(paths, **bar)]
+            return [_decode(path, channels) for path in tqdm(paths, **bar)]
         with ThreadPoolExecutor(workers) as pool:
-            return list(tqdm(pool.map(_decode, paths), **bar))
+            return list(tqdm(pool.map(partial(_decode, channels=channels), paths), **bar))
 
 
-def _decode(path) -> Tensor:
+def _decode(path, channels: int) -> Tensor:
+    is_array = _suffix(path) == ARRAY
     try:
         # Pillow (to 13.0 at least) scrambles turned TIFFs that it opens by name, not those from an open file.
-        with open(path, "rb") as file, Image.open(file) as image:
-            image.load()
-            with suppress(Exception):  # broken EXIF in a sound image: it stays as it lies
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = np.array(_rgb(image))  # (H, W, 3)
+        with open(path, "rb") as file:
+            pixels = _array(file, channels) if is_array else _picture(file, channels)  # (H, W, channels)
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "it is empty or of an unknown format" if unknown else str(error) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as an image ({reason}): replace or remove it.") from error
+        advice = "replace or remove it"
+        if is_array or channels not in (1, 3):  # also what helps with a TIFF of many bands, which Pillow cannot read
+            advice += f", or store it as .npy, (H, W, {channels}) uint8"
+        raise ValueError(f"{path} cannot be read as an image ({reason}): {advice}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _array(file, channels: int) -> np.ndarray:
+    """An open .npy of (H, W, channels) uint8, or (H, W) for one channel. ValueError: it holds anything else."""
+    array = np.lib.format.read_array(file, allow_pickle=False)  # np.load would also open archives
+    pixels = array[..., None] if array.ndim == 2 else array
+    if array.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
+        raise ValueError(f"it holds {array.shape} {array.dtype}")
+    return pixels
+
+
+def _picture(file, channels: int) -> np.ndarray:
+    """An open image of a format that Pillow knows -> (H, W, channels) uint8, turned upright."""
+    with Image.open(file) as image:
+        image.load()
+        with suppress(Exception):  # broken EXIF in a sound image: it stays as it lies
+            ImageOps.exif_transpose(image, in_place=True)
+        if channels == 3:
+            return np.array(_rgb(image))
+        if channels == 1:
+            return np.array(_rgb(image).convert("L"))[..., None]  # grey comes back as it was
+        if image.mode == "P" and image.has_transparency_data:
+            image = image.convert("RGBA")
+        mode = STORED.get(channels)
+        if image.mode != mode:
+            raise ValueError(f"Pillow finds the channels {', '.join(image.getbands())}; expected {mode or channels}")
+        return np.array(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from models.npz import native_size
+from models.fill import native_size
 from utils.step import StepResult
 
 log = logging.getLogger(__name__)

@@ -47,10 +47,11 @@ class Settings:
     no_flip: bool = flag(False, "data", "never mirror training images")
     num_workers: int = flag(-1, "data", "processes that decode sets too large for memory; -1: one a core, at most 8")
 
-    model_type: str | None = flag(None, "model", "a published name (default: what the checkpoint is, else ViT-B_16)",
-                                  type=str)
+    model_type: str = flag("auto", "model", "a published name; auto: what the checkpoint is, ViT-B_16 without one")
     pretrained_dir: str | None = flag(
         None, "model", ".npz or timm .safetensors; none: from scratch (default: checkpoint/MODEL_TYPE.npz)", type=str)
+    in_chans: int | None = flag(None, "model", "channels of the images, 1 to N (default: the checkpoint's, 3)",
+                                type=int)
     dropout: float | None = flag(None, "model", "dropout rate (default: the published configuration's)", type=float)
 
     recipe: str = flag("vit-pytorch", "training", "paper: 384 px and Google's LRs; flags given by hand win",
@@ -62,6 +63,8 @@ class Settings:
     warmup_steps: int = flag(500, "training", "updates of linear warm-up")
     decay_type: str = flag("cosine", "training", "after the warm-up", choices=["cosine", "linear"])
     optimizer: str = flag("sgd", "training", "sgd has momentum 0.9", choices=["sgd", "adam", "adamw"])
+    momentum_dtype: str = flag("float32", "training", "of sgd's stored momentum; Google's runs kept it in bfloat16",
+                               choices=["float32", "bfloat16"])
     weight_decay: float = flag(0.0, "training", "none in the paper's fine-tuning")
     max_grad_norm: float = flag(1.0, "training", "clip the gradient's global norm; 0: never")
     seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
@@ -90,6 +93,8 @@ class Settings:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.in_chans is not None and self.in_chans < 1:
+            raise ValueError(f"--in_chans is {self.in_chans}; it must be at least 1.")
         for name in ("num_workers", "local_rank"):
             if getattr(self, name) < -1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be -1 or more.")
@@ -104,6 +109,9 @@ class Settings:
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ValueError(f"--train_batch_size {self.train_batch_size} cannot be split into "
                              f"--gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts.")
+        if self.momentum_dtype != "float32" and self.optimizer != "sgd":
+            raise ValueError(f"--momentum_dtype {self.momentum_dtype} is for sgd's momentum; --optimizer is "
+                             f"{self.optimizer}.")
         asked = {"fp16" if self.fp16 else None, "bf16" if self.bf16 else None,
                  self.precision if self.precision != "auto" else None} - {None}
         if len(asked) > 1:
@@ -165,7 +173,8 @@ def parse(argv: list[str] | None) -> Settings:
     preset = dict(RECIPES[given.get("recipe", "vit-pytorch")])
     settings = {**preset, **given}
     if settings.get("recipe") == "paper":
-        model = settings.get("model_type") or Path(settings.get("pretrained_dir") or "ViT-B_16").stem
+        model = settings.get("model_type", "auto")
+        model = Path(settings.get("pretrained_dir") or "ViT-B_16").stem if model == "auto" else model
         model = model.removesuffix("-224").removesuffix("-384")
         settings.setdefault("learning_rate", PAPER_LR.get((model, settings.get("dataset", "cifar10")), 3e-2))
     return Settings(**settings)
