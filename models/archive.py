@@ -8,6 +8,7 @@ import io
 import math
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class Archive:
             self.shapes = {key: self._shape(source) for key, source in self._sources.items()}
             self.dtypes = {key: self._dtype(source) for key, source in self._sources.items()}
             self._close = stack.pop_all().close
-        self._scratch = Scratch()
+        self._scratch, self._reading, self._slicing = Scratch(), threading.Lock(), threading.Lock()
         self._whole = (None, None)  # the last array that was read in slices
 
     def __enter__(self):
@@ -78,16 +79,11 @@ class Archive:
         self._close()
 
     def read(self, key: str) -> np.ndarray:
-        """The array, valid until the next but one is read. ValueError: the file is damaged there."""
+        """The array, valid until this thread reads again. ValueError: the file is damaged there."""
         source = self._sources[key]
         try:
-            if source.block is None:
-                array = self._read(self._stored[source.name], self._scratch.take)
-            else:
-                if self._whole[0] != source.name:
-                    whole = self._read(self._stored[source.name], lambda size: np.empty(size, np.uint8))
-                    self._whole = source.name, whole
-                array = self._whole[1][source.block]
+            array = (self._read(self._stored[source.name], self._scratch.take) if source.block is None else
+                     self._slice(source))
         except DAMAGE as error:
             raise ValueError(f"{self.path} is damaged at '{key}' ({_reason(error)}). "
                              "Fetch or copy it again.") from error
@@ -105,18 +101,27 @@ class Archive:
         text = self._file.read(40).decode("ascii", errors="replace").strip()
         return f"; it begins with {text!r}" if text.isprintable() and text else ""
 
+    def _slice(self, source: Source) -> np.ndarray:
+        with self._slicing:
+            if self._whole[0] != source.name:
+                whole = self._read(self._stored[source.name], lambda size: np.empty(size, np.uint8))
+                self._whole = source.name, whole
+            return self._whole[1][source.block]
+
     def _read(self, stored: Stored, take: Callable[[int], np.ndarray]) -> np.ndarray:
         data = take(stored.dtype.itemsize * math.prod(stored.shape))
-        if stored.start < 0:
-            with self._zip.open(stored.name) as file:
-                file.read(len(stored.header))
-                count = file.readinto(data)
-                file.read(1)  # the end: here zipfile compares the checksum
-        else:
-            self._file.seek(stored.start)
-            count = self._file.readinto(data)
-            if zlib.crc32(data[:count], zlib.crc32(stored.header)) != self._zip.getinfo(stored.name).CRC:
-                raise zipfile.BadZipFile(f"Bad CRC-32 for file '{stored.name}'")
+        with self._reading:  # all threads share the position in the file
+            if stored.start < 0:
+                with self._zip.open(stored.name) as file:
+                    file.read(len(stored.header))
+                    count = file.readinto(data)
+                    file.read(1)  # the end: here zipfile compares the checksum
+            else:
+                self._file.seek(stored.start)
+                count = self._file.readinto(data)
+        if stored.start >= 0 and zlib.crc32(data[:count], zlib.crc32(stored.header)) != \
+                self._zip.getinfo(stored.name).CRC:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file '{stored.name}'")
         if count != len(data):
             raise EOFError(f"{count:,} of {len(data):,} bytes")
         return data.view(stored.dtype).reshape(stored.shape, order="F" if stored.fortran else "C")

@@ -90,7 +90,7 @@ class Weights:
         self._file.__exit__(*error)
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, valid until the next but one is read."""
+        """The tensor, valid until this thread reads again."""
         return self._file.read(self._names[key])
 
 

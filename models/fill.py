@@ -6,7 +6,9 @@ Position embeddings are resized and the first kernel adapted on the way. The lay
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -39,19 +41,15 @@ class Row(NamedTuple):
     third: int | None = None  # which third of the fused qkv: 0 query, 1 key, 2 value
 
 
-class Scratch:
-    """Memory to read arrays into: two buffers in turn, so that one can be filled while the other is used."""
-
-    def __init__(self):
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+class Scratch(threading.local):
+    """Memory into which each thread reads one array after the other."""
+    buffer = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray:
-        """`size` bytes, valid until the next but one are taken."""
-        buffer = self._buffers.pop(0)
-        if not size <= len(buffer) <= 4 * max(size, 2**20):  # grown for a large head it would stay that large
-            buffer = np.empty(size, np.uint8)
-        self._buffers.append(buffer)
-        return buffer[:size]
+        """`size` bytes; what this thread took before is no longer valid."""
+        if not size <= len(self.buffer) <= 2 * max(size, 2**20):  # what a large array took would stay taken
+            self.buffer = np.empty(size, np.uint8)
+        return self.buffer[:size]
 
 
 def classes_of(shapes: dict, bias: str) -> int:
@@ -64,9 +62,9 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
                dtype: torch.dtype = torch.float32) -> VisionTransformer:
     """A model whose every parameter is filled once from an open file; what is left out is said with its reason.
 
-    source: has `path`, `shapes` (in the file's order) and `read(key)`, whose array stays valid until the next but one
-    is read; rows_of(model): the table; head, pre_logits: their keys in the file; config: the file's, which in_chans
-    may change.
+    source: has `path`, `shapes` (in the file's order) and `read(key)`, whose array stays valid until the same thread
+    reads again; rows_of(model): the table; head, pre_logits: their keys in the file; config: the file's, which
+    in_chans may change.
     """
     classes, skipped = classes_of(source.shapes, head[1]), {"grid": "it tells the shape of the position embedding"}
     model_config = with_channels(config, in_chans or config.in_chans)
@@ -89,10 +87,12 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
     parameters = dict(model.named_parameters())
     filled = [row.parameter for row in rows if not row.third]  # of query, key and value the first stands for all
     assert sorted(filled) == sorted(name for name in parameters if num_classes is None or name[:5] != "head.")
-    # The largest first, while little of the model's memory is in use: what it takes to read them is then no peak.
+    # The largest first, while little of the model's memory is in use: what it takes to read them is then no peak. In
+    # threads, as checksums, first touches of memory and transposed copies are the work of one core each.
     place = {key: (-math.prod(shape), i) for i, (key, shape) in enumerate(source.shapes.items())}
-    for row, array in _read_ahead(source, sorted(rows, key=lambda row: place[row.key])):
-        _fill(parameters[row.parameter], row, array, grid, model.grid)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        list(pool.map(lambda row: _fill(parameters[row.parameter], row, source, grid, model.grid),
+                      sorted(rows, key=lambda row: place[row.key])))
     for key in skipped:
         if key in source.shapes and key != "grid":
             log.info("%s: '%s' not loaded: %s.", source.path.name, key, skipped[key])
@@ -129,25 +129,13 @@ def _check_shapes(source, rows: list[Row], model: VisionTransformer, config, gri
             raise ValueError(f"{source.path}: '{row.key}' has shape {shape}, expected {expected}.")
 
 
-def _read_ahead(source, rows: list[Row]) -> Iterator[tuple[Row, np.ndarray]]:
-    """Each row and its array, valid until the next: that one is read and checked while this one is copied."""
-    def read(row):
-        array = source.read(row.key)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{source.path}: '{row.key}' holds values that are not finite numbers. Fetch it again.")
-        return array
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, rows[0])
-        for row, following in zip(rows, [*rows[1:], None]):
-            array = coming.result()
-            coming = following and pool.submit(read, following)
-            yield row, array
-
-
 @torch.no_grad()
-def _fill(parameter: Tensor, row: Row, array: np.ndarray, grid, new_grid) -> None:
+def _fill(parameter: Tensor, row: Row, source, grid, new_grid) -> None:
     """Copies one array of the file into its parameter, or into its third of the fused qkv."""
     target = parameter if row.third is None else parameter.chunk(3)[row.third]
+    array = source.read(row.key)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{source.path}: '{row.key}' holds values that are not finite numbers. Fetch it again.")
     values = torch.from_numpy(row.layout.ours(array))  # a view, still in the file's order
     if row.parameter == "pos_embed" and grid != new_grid:
         values = resize_pos_embed(values, grid, new_grid)

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,7 @@ class SafeTensors:
         entries.pop("__metadata__", None)
         self._entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
         self._start = 8 + length
-        self._scratch = Scratch()
+        self._scratch, self._reading = Scratch(), threading.Lock()
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
         self.dtypes = {name: TYPES.get(entry["dtype"], entry["dtype"]) for name, entry in self._entries.items()}
 
@@ -106,13 +107,15 @@ class SafeTensors:
         self._file.close()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, valid until the next but one is read; bfloat16 as float32. ValueError: cut off, or no floats."""
+        """The tensor, valid until this thread reads again; bfloat16 as float32. ValueError: cut off, or no floats."""
         dtype, (begin, end) = self.dtypes[name], self._entries[name]["data_offsets"]
         if dtype not in TYPES.values():
             raise ValueError(_no_floats(self.path, name, dtype))
         data = self._scratch.take(end - begin)
-        self._file.seek(self._start + begin)
-        if self._file.readinto(data) != end - begin:
+        with self._reading:  # all threads share the position in the file
+            self._file.seek(self._start + begin)
+            count = self._file.readinto(data)
+        if count != end - begin:
             raise ValueError(f"{self.path} ends within '{name}'. Fetch or copy it again.")
         if dtype == "bfloat16":
             data = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)

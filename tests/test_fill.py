@@ -1,4 +1,7 @@
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from models.fill import google_zeroes_edge, resize_pos_embed, with_channels
 from models.modeling import VisionTransformer
 from models.npz import identify, load_npz, save_npz
 from tests.conftest import randomise
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_resize_keeps_the_class_row_and_the_corners_and_says_so(caplog):
@@ -100,3 +105,13 @@ def test_wrong_shapes_are_refused_before_a_tensor_is_read(tiny_model, tmp_path, 
     monkeypatch.setattr(Archive, "read", None)
     with pytest.raises(ValueError, match=r"'head/kernel' has shape \(5, 32\), expected \(32, 5\)"):
         load_npz(tmp_path / "a.npz")
+
+
+def test_loading_imports_no_compiler_and_no_algebra(tiny_model, tmp_path):
+    """On the meta device some calls of torch load sympy or inductor, which took longer than all of the reading."""
+    save_npz(tiny_model, tmp_path / "a.npz")
+    code = ("import sys; from models.npz import load_npz; before = set(sys.modules); "
+            f"load_npz({str(tmp_path / 'a.npz')!r}, num_classes=3); "
+            "print({'sympy', 'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done
