@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -83,7 +82,7 @@ def head_of(what: npz.Identity, path: Path) -> str:
 
 def convert(args) -> None:
     """IN -> OUT, compared; see the module. ValueError: what the format cannot hold."""
-    kind, out = kind_of(args.out), Path(args.out)
+    kind, out = kind_of(args.out), Path(args.out).absolute()
     check_free(out, kind, args.overwrite)
     what = exchange.identify(args.file, args.model_type)
     model = load(args, kind, what)
@@ -94,9 +93,10 @@ def convert(args) -> None:
         write(model, target, kind, metadata, args.dtype)
         compare(model, target, kind, args)
         if kind == "folder" and out.exists():
-            shutil.rmtree(out)
-        for file in sorted(target.parent.iterdir(), reverse=True):  # the weights of an .onnx before itself
-            os.replace(file, out.with_name(file.name))
+            os.replace(out, target.with_name("replaced"))  # goes with the temporary folder
+        for file in (target.with_name(f"{out.name}.data"), target):  # the weights of a large .onnx before itself
+            if file.exists():
+                os.replace(file, out.with_name(file.name))
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))
     log.info("%s: %.1f MiB.", args.out, size / 2**20)
 
@@ -213,6 +213,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             convert(args)
         return
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if args.debug:
             raise

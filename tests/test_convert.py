@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import convert
 import train
-from models import exchange
+from models import exchange, onnx_export
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
 from models.npz import load_npz, save_npz
@@ -215,3 +215,13 @@ def test_imagenet_names_go_with_a_fine_tuned_file_of_googles(tmp_path, run):
     assert "1,000 classes are ImageNet's" in run(tmp_path / "a.npz", tmp_path / "b.safetensors")
     assert exchange.read_metadata(tmp_path / "b.safetensors")["classes"] == imagenet_classes()
     assert imagenet_classes()[207] == "golden retriever" and len(imagenet_classes()) == 1000
+
+
+def test_a_large_onnx_keeps_the_name_of_its_weights(file, tmp_path, run, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(onnx_export, "LIMIT", 0)  # 2 GiB is the true one
+    run(file, tmp_path / "b.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.onnx", "b.onnx.data", "tiny.npz"]
+    images = torch.rand(3, 3, 16, 16)
+    ours = load_npz(file).eval()(images).detach().numpy()
+    assert np.abs(onnx_export.check(tmp_path / "b.onnx", images.numpy()) - ours).max() < 1e-5
