@@ -17,7 +17,6 @@ import torch
 
 from models import exchange, huggingface, npz, onnx_export
 from models.modeling import VisionTransformer
-from models.published import imagenet_classes
 from utils.settings import Parser, image_size
 
 log = logging.getLogger("convert")
@@ -135,13 +134,12 @@ def load(args, kind: str, what: npz.Identity) -> VisionTransformer:
 
 
 def about(what: npz.Identity, file: Path, model: VisionTransformer) -> dict:
-    """What IN tells about itself, and the names of ImageNet's classes for what was fine-tuned on it."""
+    """What IN tells about itself and OUT may tell too."""
     metadata = {key: value for key, value in exchange.read_metadata(file).items()
                 if key not in ("config", "img_size", "grid", "num_classes")}
     if not model.num_classes:
         metadata.pop("classes", None)
-    elif model.num_classes == 1000 and not metadata.get("classes") and what.families:
-        metadata["classes"] = imagenet_classes()
+    elif what.families and metadata.get("classes"):
         log.info("Its 1,000 classes are ImageNet's: their names go with it.")
     return metadata
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from ml_collections import FrozenConfigDict
 
-from models import huggingface, npz
+from models import huggingface, npz, published
 from models.configs import CONFIGS, get_config, replace
 from models.fill import Row, classes_of, fill_model, is_square, native_size, square_or_told, with_channels
 from models.modeling import VisionTransformer, grid_size
@@ -314,9 +314,10 @@ def head_is_zero(path) -> bool:
 
 def read_metadata(path) -> dict:
     """What a file tells about itself: the record of ours; the names of the `classes` where transformers wrote them
-    beside it; else {}. No tensor is read."""
+    beside it, and ImageNet's for what Google fine-tuned on it; else {}. No tensor is read."""
     if kind_of(path) == "npz":
-        return {}
+        what = npz.identify(path)
+        return {"classes": published.imagenet_classes()} if what.num_classes == 1000 and what.families else {}
     with Weights(path) as file:
         classes = huggingface.classes(file.cards[0])
         return file.record or ({"classes": classes} if classes else {})
