@@ -78,15 +78,16 @@ def train(settings: Settings, command: str = "") -> dict:
     config, size, path = choose_model(settings)
     dataset = data.load(settings.dataset, data_dir=settings.data_dir, val_fraction=settings.val_fraction,
                         seed=settings.seed, in_chans=config.in_chans)
-    model, origin = build_model(settings, config, size, path, len(dataset.train.classes))
-    size = "x".join(str(n) for n in dict.fromkeys(model.img_size))
-    folder = Path(settings.output_dir) / (settings.name or f"{dataset.name}-{model.config.name}-{size}")
+    pixels = "x".join(str(n) for n in dict.fromkeys(size))
+    folder = Path(settings.output_dir) / (settings.name or f"{dataset.name}-{config.name}-{pixels}")
     check_free(folder, settings.overwrite)
+    model, origin = build_model(settings, config, size, path, len(dataset.train.classes))
     batches, selection, test = make_batches(settings, dataset, model, device)
     model.to(device).train()
     summarise(settings, dataset, model, origin, device, precision, folder)
 
-    chosen = {"name": folder.name, "model_type": model.config.name, "img_size": model.img_size, "device": str(device),
+    chosen = {"name": folder.name, "model_type": model.config.name, "img_size": model.img_size,
+              "in_chans": model.config.in_chans, "device": str(device),
               "dropout": model.config.dropout_rate, "precision": str(precision).removeprefix("torch."),
               "pretrained_dir": origin.get("name", "none"), **asdict(batches.training_view)}
     settings_of_run = {**asdict(settings), "resolved": chosen}

@@ -7,7 +7,9 @@ that differ; the limits are those that the READMEs suggest.
 """
 
 import argparse
+import fnmatch
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -234,10 +236,15 @@ TRAJECTORY_LIMITS = {("float64", "float64"): EXACT, ("float64", "float32"): EXAC
 
 
 def trajectories(path: Path):
-    """Google's training runs step by step through `train_step`: those that the file lists and those beside it."""
-    meta = json.loads(path.read_text())
-    for name in sorted(meta["runs"].keys() | {found.name for found in path.parent.glob("trajectory_*_accum*.npz")}):
-        yield from guarded(name, trajectory_case, path.parent, name, meta)
+    """Google's training runs that lie in a folder, step by step through `train_step`."""
+    meta = json.loads((path.parent / "trajectory_meta.json").read_text())
+    yield from guarded(path.name, trajectory_case, path.parent, path.name, meta)
+
+
+def not_there(root: Path) -> list[str]:
+    """Runs that a list in the folder names and that are not beside it."""
+    return sorted(f"{path.parent.name}/{name}" for path in files(root, "trajectory_meta.json")
+                  for name in json.loads(path.read_text())["runs"] if not path.with_name(name).exists())
 
 
 def trajectory_case(folder: Path, name: str, meta: dict):
@@ -253,8 +260,9 @@ def trajectory_case(folder: Path, name: str, meta: dict):
 
 def trajectory(folder: Path, name: str, about: dict, models: dict) -> tuple[float, ...]:
     recipe, dtype, google = models[about["model"]], getattr(torch, about["compute_dtype"]), np.load(folder / name)
-    model = load_npz(folder / f"trajectory_{about['model']}_checkpoint.npz", num_classes=recipe["classes"], dtype=dtype)
     batches = np.load(folder / f"trajectory_{about['model']}_batches.npz")
+    model = load_npz(folder / f"trajectory_{about['model']}_checkpoint.npz", num_classes=recipe["classes"], dtype=dtype,
+                     img_size=batches["images"].shape[2:4])
     images = torch.from_numpy(batches["images"]).permute(0, 1, 4, 2, 3).to(dtype)   # (updates, B, 3, S, S)
     labels = torch.from_numpy(batches["labels"]).argmax(dim=2)
     optimizer = make_optimizer(model, "sgd", momentum_dtype=getattr(torch, about["momentum_dtype"]))
@@ -281,10 +289,16 @@ def checks(root: Path):
                        ("posemb_zoom.npz", lambda p: zooms(p.parent)), ("released.json", published),
                        ("schedule.npz", schedules),
                        ("preprocess_eval.npz", evaluation_views), ("preprocess_train_examples.npz", training_views),
-                       ("trajectory_meta.json", trajectories),
+                       ("trajectory_*_accum*.npz", trajectories),
                        ("preprocess_train_boxes.npz", lambda p: crop_boxes(p, p.with_name("preprocess_train.json")))):
-        for path in sorted(root.glob(f"**/{found}")):
+        for path in files(root, found):
             yield from guarded(f"{path.parent.name}/{path.name}", run, path)
+
+
+def files(root: Path, pattern: str) -> list[Path]:
+    """Those of this name under the folder, also behind links (which Python's glob does not follow)."""
+    return sorted(Path(folder) / name for folder, _, names in os.walk(root, followlinks=True)
+                  for name in fnmatch.filter(names, pattern))
 
 
 def guarded(name: str, run, *args):
@@ -318,6 +332,8 @@ def main() -> int:
         verdict = "ok" if row.holds else "BROKEN"
         print(f"| {row.case} | {row.size} | {row.precision} | {row.error:.1e} | {row.limit:.0e} | {verdict} |")
     print(f"\n{len(rows)} checks, {len(broken)} broken.")
+    if absent := not_there(args.folder):
+        print(f"Not there, though listed: {', '.join(absent)}.")
     return 1 if broken else 0
 
 

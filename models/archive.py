@@ -62,12 +62,12 @@ class Archive:
                 self._stored = {info.filename: self._header(info) for info in self._zip.infolist()}
                 if len(self._stored) < len(self._zip.infolist()):
                     raise ValueError("two arrays have one name")
+                self._sources, self.repairs = published(self._stored)
             except DAMAGE as error:
                 raise ValueError(f"{self.path} is not a complete .npz file ({_reason(error)}{self._beginning()}). "
                                  "Fetch or copy it again.") from error
-            self._sources, self.repairs = published(self._stored)
             self.shapes = {key: self._shape(source) for key, source in self._sources.items()}
-            self.dtypes = {key: self._dtype(source) for key, source in self._sources.items()}
+            self.dtypes = {key: self._dtype(key) for key in self._sources}
             self._close = stack.pop_all().close
         self._scratch, self._reading, self._slicing = Scratch(), threading.Lock(), threading.Lock()
         self._whole = (None, None)  # the last array that was read in slices
@@ -77,6 +77,11 @@ class Archive:
 
     def __exit__(self, *_):
         self._close()
+
+    @property
+    def threads(self) -> int:
+        """How many may read at a time: one where arrays come in slices, so that each is read once."""
+        return 1 if any(source.block is not None for source in self._sources.values()) else 4
 
     def read(self, key: str) -> np.ndarray:
         """The array, valid until this thread reads again. ValueError: the file is damaged there."""
@@ -104,6 +109,7 @@ class Archive:
     def _slice(self, source: Source) -> np.ndarray:
         with self._slicing:
             if self._whole[0] != source.name:
+                self._whole = None, None  # its memory first
                 whole = self._read(self._stored[source.name], lambda size: np.empty(size, np.uint8))
                 self._whole = source.name, whole
             return self._whole[1][source.block]
@@ -114,7 +120,7 @@ class Archive:
             if stored.start < 0:
                 with self._zip.open(stored.name) as file:
                     file.read(len(stored.header))
-                    count = file.readinto(data)
+                    count = sum(file.readinto(data[at:at + 2**20]) for at in range(0, len(data), 2**20))
                     file.read(1)  # the end: here zipfile compares the checksum
             else:
                 self._file.seek(stored.start)
@@ -145,11 +151,12 @@ class Archive:
         return Stored(info.filename, shape, dtype, fortran, head[:length], info.header_offset + skip + length
                       if stored else -1)
 
-    def _dtype(self, source: Source) -> np.dtype:
-        dtype = self._stored[source.name].dtype
-        if (dtype.kind in "fiu" and dtype.itemsize <= 8) or dtype == np.dtype("V2"):
-            return dtype
-        raise ValueError(f"{self.path}: '{source.name}' holds {dtype} and no numbers that a model could have.")
+    def _dtype(self, key: str) -> np.dtype:
+        stored = self._stored[self._sources[key].name]
+        if (stored.dtype.kind in ("iu" if key == "grid" else "f") and stored.dtype.itemsize <= 8) or \
+                stored.dtype == np.dtype("V2"):
+            return stored.dtype
+        raise ValueError(f"{self.path}: '{stored.name}' holds {stored.dtype}; expected floating-point numbers.")
 
     def _shape(self, source: Source) -> tuple[int, ...]:
         shape = self._stored[source.name].shape
@@ -205,6 +212,9 @@ def published(stored: dict[str, Stored]) -> tuple[dict[str, Source], tuple[str, 
     # big_vision's scan: all blocks in one array, the layer as its first axis.
     stacked = re.compile(r"Transformer/encoderblock/(?=.)")
     if any(stacked.match(key) for key in sources):
+        layers = max(sum(stored[source.name].shape[:1]) for key, source in sources.items() if stacked.match(key))
+        if layers > 1000:
+            raise ValueError(f"a stack of {layers:,} blocks")
         sources = {new: Source(source.name, block) for key, source in sources.items()
                    for new, block in ([(stacked.sub(f"Transformer/encoderblock_{i}/", key), i)
                                        for i in range(stored[source.name].shape[0])]
@@ -225,7 +235,7 @@ def published(stored: dict[str, Stored]) -> tuple[dict[str, Source], tuple[str, 
         source = sources.pop("pos_embedding")
         repairs.append("pos_embedding at the top level")
         shape = stored[source.name].shape
-        if "cls" in sources and len(shape) == 3 and math.isqrt(shape[1]) ** 2 == shape[1]:
+        if "cls" in sources and "grid" not in sources and len(shape) == 3 and math.isqrt(shape[1]) ** 2 == shape[1]:
             source = source._replace(zero_row=True)
             repairs.append("no position row for the class token")
         sources[POS_EMBEDDING] = source

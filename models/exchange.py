@@ -62,11 +62,14 @@ class Weights:
     FileNotFoundError: no such file. ValueError: it cannot be read, or another model's.
     """
 
+    threads = 4  # that may read at a time
+
     def __init__(self, path):
         path = Path(path)
         self.path = huggingface.weights_in(path) if path.is_dir() else path
         self._file = open_file(self.path)
         self.record, self.repairs = self._file.header, self._file.repairs
+        self.conventions, self.assumed = "", tuple(self.record.get("assumed", ()))  # `config_of` may tell more
         self.layout, ours = _our_names(self._file.shapes)
         if self.layout == "timm" and self.record:
             self.layout = "ours"
@@ -182,18 +185,19 @@ def _heads(file: Weights, found: dict, asked: FrozenConfigDict | None) -> int:
     if heads is None:
         raise ValueError(f"{file.path} does not tell its number of attention heads, and no published model has its "
                          f"structure (width {found['hidden_size']}, {found['num_layers']} layers, patch "
-                         f"{found['patch_size'][0]} x {found['patch_size'][1]}). Name the model: config=, on the "
-                         "command line --model_type.")
+                         f"{found['patch_size'][0]} x {found['patch_size'][1]}). Name the model (--model_type), or put "
+                         'a config.json with {"num_attention_heads": N} beside the file.')
     return heads
 
 
 def _conventions(file: Weights, config: FrozenConfigDict) -> dict:
-    """The fields of a configuration that no tensor tells, as far as they are recorded. Says which are not."""
+    """The fields of a configuration that no tensor tells, as far as they are recorded; sets the file's `conventions`,
+    a sentence on them, and `assumed`, those that are not recorded."""
     card, preprocessor = file.cards
     if file.layout == "ViT-pytorch":
         who, found = "ViT-pytorch's code", {"gelu": "erf", "norm_eps": 1e-6, "mean": [0.5], "std": [0.5]}
     elif "architecture" in card:
-        who, found = "config.json beside it", _timm(file, card)
+        who, found = _timm(file, card)
     else:
         who, found = "the card beside it", huggingface.conventions(file.path, card, preprocessor)
     for field in {"mean", "std"} & set(found):
@@ -206,12 +210,12 @@ def _conventions(file: Weights, config: FrozenConfigDict) -> dict:
     said = [", ".join(f"{name} {(found if known else config)[field]}" for field, name in names.items()
                       if (field in found) == known) for known in (True, False)]
     said = [f"{who} says {said[0]}"] * bool(said[0]) + [f"not recorded, so as Google's: {said[1]}"] * bool(said[1])
-    log.info("%s: %s.", file.path.name, "; ".join(said))
+    file.conventions, file.assumed = "; ".join(said), tuple(field for field in names if field not in found)
     return found
 
 
-def _timm(file: Weights, card: dict) -> dict:
-    """What timm's `config.json` tells. ValueError: it pools otherwise than the weights can, or has another GELU."""
+def _timm(file: Weights, card: dict) -> tuple[str, dict]:
+    """(who tells it, what timm's `config.json` tells). ValueError: another pooling than the weights', another GELU."""
     arguments = card.get("model_args") or {}
     pretrained = {**card, **(card.get("pretrained_cfg") or {})}
     pool, token = card.get("global_pool", "token"), "cls_token" in file.shapes
@@ -226,8 +230,9 @@ def _timm(file: Weights, card: dict) -> dict:
                          f"are {', '.join(forms)}. If it is one of these, write it there under model_args.")
     tag = pretrained.get("tag") or card["architecture"].partition(".")[2]
     google = tag.split("_")[0] in GOOGLE_TAGS and "act_layer" not in arguments  # timm computes erf, Google trained tanh
-    return {"gelu": "tanh" if google else forms[act],
-            **{key: list(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}}
+    who = f"config.json beside it ({f'tag {tag}: weights of Google, who trained with tanh' if google else act})"
+    return who, {"gelu": "tanh" if google else forms[act],
+                 **{key: list(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}}
 
 
 # --- Grid and size ---------------------------------------------------------------------------------------------------
@@ -290,26 +295,26 @@ def describe(path, config: FrozenConfigDict | str | None = None,
 
 
 def identify(path, config: FrozenConfigDict | str | None = None) -> Identity:
-    """What a file of any layout is; no tensor is read. config: tells the number of heads where the file does not.
+    """What a file of any layout is; no tensor is read. config: what it should be; tells the number of
+    heads where the file does not.
 
     ValueError: not a file of weights, or another model's. FileNotFoundError: no such file.
     """
+    config = get_config(config) if isinstance(config, str) else config
     if kind_of(path) == "npz":
-        return npz.identify(path)
+        what = npz.identify(path)
+        if config is not None:
+            check_config(what.config, config, path)
+        return what
     with Weights(path) as file:
-        found = config_of(file, get_config(config) if isinstance(config, str) else config)
+        found = config_of(file, config)
+        if config is not None:
+            check_config(found, config, path)
         grid, size = _own_grid(file, found)
         dtypes = set(file.dtypes.values())
         return Identity(file.path, file.layout, file.repairs, found, grid, size, classes_of(file.shapes, HEAD[1]),
                         dtypes.pop() if len(dtypes) == 1 else "mixed", sum(map(math.prod, file.shapes.values())),
-                        file.path.stat().st_size, ())
-
-
-def head_is_zero(path) -> bool:
-    """Whether every value of the head is zero, as Google left those of `imagenet21k`. Reads the head and no more."""
-    with npz.Archive(path) if kind_of(path) == "npz" else Weights(path) as file:
-        keys = [key for key in ("head/kernel", "head/bias", *HEAD) if key in file.shapes]
-        return bool(keys) and not any(file.read(key).any() for key in keys)
+                        file.path.stat().st_size, None, (), file.assumed)
 
 
 def read_metadata(path) -> dict:
@@ -317,7 +322,7 @@ def read_metadata(path) -> dict:
     beside it, and ImageNet's for what Google fine-tuned on it; else {}. No tensor is read."""
     if kind_of(path) == "npz":
         what = npz.identify(path)
-        return {"classes": published.imagenet_classes()} if what.num_classes == 1000 and what.families else {}
+        return {"classes": published.imagenet_classes()} if what.num_classes == 1000 and what.family else {}
     with Weights(path) as file:
         classes = huggingface.classes(file.cards[0])
         return file.record or ({"classes": classes} if classes else {})
@@ -342,6 +347,8 @@ def load(path, *, img_size: int | tuple[int, int] | None = None, num_classes: in
         found = config_of(file, config, google)
         if config is not None:
             found = check_config(found, config, path)
+        if file.conventions:
+            log.info("%s: %s.", file.path.name, file.conventions)
         if file.repairs:
             log.info("%s is not a bare state dict: %s.", file.path.name, "; ".join(file.repairs))
         grid, size = _grid_and_size(file, found, img_size)

@@ -62,9 +62,9 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
                dtype: torch.dtype = torch.float32) -> VisionTransformer:
     """A model whose every parameter is filled once from an open file; what is left out is said with its reason.
 
-    source: has `path`, `shapes` (in the file's order) and `read(key)`, whose array stays valid until the same thread
-    reads again; rows_of(model): the table; head, pre_logits: their keys in the file; config: the file's, which
-    in_chans may change.
+    source: has `path`, `shapes` (in the file's order), `read(key)`, whose array stays valid until the same thread reads
+    again, and `threads`, how many may read; rows_of(model): the table; head, pre_logits: their keys in the file;
+    config: the file's, which in_chans may change.
     """
     classes, skipped = classes_of(source.shapes, head[1]), {"grid": "it tells the shape of the position embedding"}
     model_config = with_channels(config, in_chans or config.in_chans)
@@ -90,7 +90,7 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
     # The largest first, while little of the model's memory is in use: what it takes to read them is then no peak. In
     # threads, as checksums, first touches of memory and transposed copies are the work of one core each.
     place = {key: (-math.prod(shape), i) for i, (key, shape) in enumerate(source.shapes.items())}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, source.threads)) as pool:
         list(pool.map(lambda row: _fill(parameters[row.parameter], row, source, grid, model.grid),
                       sorted(rows, key=lambda row: place[row.key])))
     for key in skipped:

@@ -69,6 +69,8 @@ def weights_in(folder) -> Path:
     if any((folder / f"{name}.index.json").exists() for name in WEIGHTS):
         raise ValueError(f"{folder} holds its weights in several files, which is not read here. Save them with "
                          "save_pretrained(folder, max_shard_size='100GB').")
+    if (folder / "last.safetensors").is_file():
+        raise ValueError(f"{folder} is the folder of a run: name the file, {folder / 'last.safetensors'}.")
     raise ValueError(f"{folder} is a folder without {' or '.join(WEIGHTS)}. Name a Hugging Face folder, or the file of "
                      "weights itself.")
 
@@ -129,25 +131,34 @@ def save_folder(model: VisionTransformer, folder, metadata: dict, *, dtype: torc
     ValueError: Hugging Face's ViT cannot hold the model, or the folder is not free.
     """
     folder = Path(folder)
-    card = _card(model, metadata)
+    card = card_of(model, metadata)
     check_free(folder, overwrite)
-    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     temporary.mkdir(parents=True)
     try:
         for name, content in ((CARD, card), (PREPROCESSOR, _preprocessor(model))):
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write(_their_tensors(model, dtype), temporary / WEIGHTS[0], record(model, metadata))
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        put(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _card(model: VisionTransformer, metadata: dict) -> dict:
+def put(new: Path, folder: Path) -> None:
+    """Moves a folder to where another is or may be. Whatever goes wrong, the other one is back in its place."""
+    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+    try:
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def card_of(model: VisionTransformer, metadata: dict) -> dict:
     """`config.json`. ValueError: what it cannot say."""
     config = model.config
     lacks = ("no ResNet stem" if config.resnet is not None else
@@ -213,7 +224,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} holds other things than a Hugging Face model ({', '.join(others or inside)}) and "
                          "is never replaced. Choose another folder.")
     if not overwrite:
-        raise ValueError(f"{folder} holds a model already. Choose another folder, or overwrite it.")
+        raise ValueError(f"{folder} holds a model already. Choose another folder, or --overwrite it.")
 
 
 @torch.no_grad()

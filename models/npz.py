@@ -112,7 +112,9 @@ class Identity(NamedTuple):
     dtype: str                         # of the arrays: float32, float16, bfloat16, ..., or mixed
     parameters: int
     size: int                          # bytes
-    families: tuple[str, ...]          # folders of Google's bucket that it can come from; one: no other fits
+    family: str | None                 # the folder of Google's bucket that it is from; None: nothing proves one
+    candidates: tuple[str, ...]        # those that have files like it
+    assumed: tuple[str, ...] = ()      # fields of the configuration that nobody recorded: taken to be Google's
 
 
 def identify(path) -> Identity:
@@ -128,12 +130,12 @@ def identify(path) -> Identity:
         classes = classes_of(archive.shapes, "head/bias")
         arrays = {key: shape for key, shape in archive.shapes.items() if key != "grid"}
         dtypes = {"bfloat16" if archive.dtypes[key].kind == "V" else archive.dtypes[key].name for key in arrays}
-        families = published.families(
+        family, candidates = published.families(
             archive.path, model=config.name, img_size=size, classes=classes, repairs=archive.repairs,
-            pre_logits=config.representation_size is not None) if grid else ()
+            pre_logits=config.representation_size is not None)
         return Identity(archive.path, "Google's .npz", archive.repairs, config, grid, size, classes,
                         dtypes.pop() if len(dtypes) == 1 else "mixed", sum(map(math.prod, arrays.values())),
-                        archive.path.stat().st_size, families)
+                        archive.path.stat().st_size, family, candidates)
 
 
 def config_of(archive: Archive) -> FrozenConfigDict:

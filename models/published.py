@@ -191,8 +191,11 @@ def image_size(name: str) -> int:
 
 
 def families(path: Path, *, model: str, img_size: tuple[int, int], classes: int, pre_logits: bool,
-             repairs: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The folders of the bucket that such a file can come from: one where its name, keys or shapes leave no other."""
+             repairs: tuple[str, ...] = ()) -> tuple[str | None, tuple[str, ...]]:
+    """(the folder of the bucket that such a file is from, or None without proof; those that have such files).
+
+    Proof is a published name, the 21,843 classes that only Google's files have, or `sam/ViT-S_16`'s optimizer state.
+    """
     at = [name for name in (*SIZES, *GOOGLE_ONLY) if not name.startswith("augreg/") and model_name(name) == model
           and (image_size(name),) * 2 == img_size]
     if classes == 21_843:
@@ -203,11 +206,17 @@ def families(path: Path, *, model: str, img_size: tuple[int, int], classes: int,
     if model in AUGREG_MODELS and classes in AUGREG_CLASSES and img_size in ((224, 224), (384, 384)) and not (
             classes == 21_843 and pre_logits):
         found.add("augreg")
+    owners = {"augreg"} if AUGREG.fullmatch(path.stem) else {
+        name.split("/")[0] for name in (*SIZES, *GOOGLE_ONLY) if name.split("/")[1] == path.stem}
+    if len(owners) > 1:
+        owners &= {path.parent.name}
     # By its size, `sam/ViT-S_16.npz` is the one published file that has the optimizer's state with it.
     if "sam" in found and any("opt/target/" in repair for repair in repairs):
-        found = {"sam"}
-    named = "augreg" if AUGREG.fullmatch(path.stem) else path.parent.name
-    return (named,) if named in found else tuple(folder for folder in FOLDERS if folder in found)
+        owners = {"sam"}
+    if found & owners:
+        return min(found & owners), (min(found & owners),)
+    candidates = tuple(folder for folder in FOLDERS if folder in found)
+    return candidates[0] if len(candidates) == 1 and classes == 21_843 else None, candidates
 
 
 def imagenet_classes() -> list[str]:

@@ -129,6 +129,10 @@ CASES = {
     "text in an array": put("cls", np.array(["a", "b"])),
     "complex numbers": put("cls", lambda a: a.astype(np.complex64)),
     "booleans": put("cls", lambda a: a > 0),
+    "16-bit patterns as integers": arrays(lambda a: {k: v.view(np.uint32).astype(np.uint16) for k, v in a.items()}),
+    "one kernel of integers": put(DENSE, lambda a: (a * 100).astype(np.int8)),
+    "a stack without end": arrays(lambda a: a.__setitem__("Transformer/encoderblock/LayerNorm_0/scale",
+                                                          np.zeros((2_000_000, 0), np.float32))),
     "bytes": put("cls", np.array([b"abc"])),
     # arrays missing, added, renamed
     "missing kernel": drop("embedding/kernel"),

@@ -118,22 +118,28 @@ def picture(array, kind="PNG"):
     return file.getvalue()
 
 
+@pytest.mark.parametrize("name, content, channels, what", [
+    ("a.png", picture(RGB), 4, "has the channels R, G, B"), ("a.png", picture(RGB[..., 0]), 4, "has the channels L"),
+    ("a.png", picture(RGBA), 2, "has the channels R, G, B, A"),
+    ("a.tif", picture(RGBA, "TIFF"), 5, "has the channels R, G, B, A"),
+    ("a.npy", npy(FIVE), 3, r"holds \(12, 14, 5\) uint8"), ("a.npy", npy(RGB), 1, r"holds \(12, 14, 3\) uint8"),
+    ("a.npy", npy(RGB[..., 0]), 3, r"holds \(12, 14\) uint8"),
+    ("a.npy", npy(FIVE.transpose(2, 0, 1)), 5, r"holds \(5, 12, 14\) uint8"),
+    ("a.npy", npy(FIVE.astype(np.float32)), 5, r"holds \(12, 14, 5\) float32"),
+    ("a.npy", npy(FIVE[:0]), 5, r"holds \(0, 14, 5\) uint8")])
+def test_other_channels_than_asked_for_are_named_beside_the_flag(tmp_path, name, content, channels, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} {what}, and --in_chans is {channels}: give the number that your "
+                                         rf"images have, or store them as \.npy, \(H, W, {channels}\) uint8\.$"):
+        data.decode(tmp_path / name, channels)
+
+
 @pytest.mark.parametrize("name, content, channels, reason", [
-    ("a.png", picture(RGB), 4, "Pillow finds the channels R, G, B; expected RGBA"),
-    ("a.png", picture(RGB[..., 0]), 4, "Pillow finds the channels L; expected RGBA"),
-    ("a.png", picture(RGBA), 2, "Pillow finds the channels R, G, B, A; expected LA"),
-    ("a.tif", picture(RGBA, "TIFF"), 5, "Pillow finds the channels R, G, B, A; expected 5"),
     ("a.tif", b"bands", 13, "it is empty or of an unknown format"),
-    ("a.npy", npy(FIVE), 3, r"it holds \(12, 14, 5\) uint8"),
-    ("a.npy", npy(RGB), 1, r"it holds \(12, 14, 3\) uint8"),
-    ("a.npy", npy(RGB[..., 0]), 3, r"it holds \(12, 14\) uint8"),
-    ("a.npy", npy(FIVE.transpose(2, 0, 1)), 5, r"it holds \(5, 12, 14\) uint8"),
-    ("a.npy", npy(FIVE.astype(np.float32)), 5, r"it holds \(12, 14, 5\) float32"),
-    ("a.npy", npy(FIVE[:0]), 5, r"it holds \(0, 14, 5\) uint8"),
     ("a.npy", npy(FIVE)[:200], 5, ".+"),  # NumPy's words for a part of a file
     ("a.npy", npy(np.array([{}])), 5, "Object arrays cannot be loaded when allow_pickle=False"),
     ("a.npy", pickle.dumps(FIVE), 5, "the magic string is not correct.*")])
-def test_what_cannot_have_the_channels_is_refused_in_one_sentence(tmp_path, name, content, channels, reason):
+def test_what_is_no_image_is_refused_in_one_sentence(tmp_path, name, content, channels, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read as an image \({reason}\): replace or remove it, "
                                          rf"or store it as \.npy, \(H, W, {channels}\) uint8\.$") as error:

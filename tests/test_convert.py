@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import convert
 import train
-from models import exchange, onnx_export
+from models import exchange, huggingface, onnx_export
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
 from models.npz import load_npz, save_npz
@@ -65,6 +66,21 @@ def test_a_damaged_input_is_one_sentence_and_nothing_is_written(case, tiny_model
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_damaged_input_is_not_described_either(case, tiny_model, tmp_path, capsys):
+    save_npz(tiny_model, tmp_path / "good.npz")
+    said = refused(capsys, convert.main, CASES[case](tmp_path, arrays_of(tmp_path / "good.npz")))
+    assert "\n" not in said and 30 < len(said.replace(str(tmp_path), "")) < 400, said
+
+
+@pytest.mark.parametrize("out", [[], ["out.npz"]], ids=["described", "converted"])
+def test_another_variant_than_the_one_named_is_refused(out, file, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, convert.main, file, *out, "--model_type", "ViT-B_16")
+    assert "holds another model, not ViT-B_16" in said and "hidden_size 32 instead of 768" in said
+    assert "no model 'B_16'" in refused(capsys, convert.main, file, *out, "--model_type", "B_16")
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_training_refuses_a_damaged_input_as_well(case, tiny_model, tmp_path, capsys, image_folder):
     save_npz(tiny_model, tmp_path / "good.npz")
     path = CASES[case](tmp_path, arrays_of(tmp_path / "good.npz"))
@@ -109,7 +125,11 @@ def test_our_own_file_tells_its_classes_origin_and_accuracy(tiny_model, tmp_path
 def test_a_published_layout_names_its_family_or_the_candidates(tmp_path, run):
     model = VisionTransformer(CONFIGS["ViT-Ti_16"], 224, 1000)
     save_npz(model, tmp_path / "a.npz")
-    assert "family   augreg\n" in run(tmp_path / "a.npz")
+    assert "family   nothing proves one; like files of augreg\n" in run(tmp_path / "a.npz")
+    name = "Ti_16-i1k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz"
+    (tmp_path / "a.npz").rename(tmp_path / name)
+    said = run(tmp_path / name)
+    assert "family   augreg\n" in said and "1,000: tench, goldfish" in said
 
 
 # --- Conversion ------------------------------------------------------------------------------------------------------
@@ -128,8 +148,8 @@ def variant(request, tiny_config, tmp_path):
 
 def test_a_round_trip_through_safetensors_is_bit_equal(variant, tmp_path, run):
     keep = ["--keep_pre_logits"] * (variant == "pre_logits")
-    assert "differ by at most 0.0e+00" in run(tmp_path / "a.npz", tmp_path / "b.safetensors", *keep)
-    assert "differ by at most 0.0e+00" in run(tmp_path / "b.safetensors", tmp_path / "c.npz")
+    assert "are equal to the bit" in run(tmp_path / "a.npz", tmp_path / "b.safetensors", *keep)
+    assert "are equal to the bit" in run(tmp_path / "b.safetensors", tmp_path / "c.npz")
     assert same_arrays(tmp_path / "a.npz", tmp_path / "c.npz")
 
 
@@ -148,7 +168,8 @@ def test_a_hugging_face_folder_comes_back_bit_equal_or_is_refused(variant, tmp_p
         assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
         return
     said = run(tmp_path / "a.npz", f"{tmp_path / 'folder'}/")
-    assert float(re.search(r"\(read by transformers\) differ by at most (\S+),", said)[1]) < 1e-5
+    found = re.search(r"\(read by transformers\) (?:are equal to the bit|differ by at most (\S+),)", said)
+    assert float(found[1] or 0) < 1e-5
     run(tmp_path / "folder", tmp_path / "c.npz")
     assert same_arrays(tmp_path / "a.npz", tmp_path / "c.npz")
     card = json.loads((tmp_path / "folder" / "config.json").read_text())
@@ -172,7 +193,7 @@ def test_what_google_did_not_train_is_refused_as_npz(tiny_config, tmp_path, caps
 def test_a_head_of_zeros_is_compared_by_its_features(tiny_config, tmp_path, run):
     save_npz(VisionTransformer(tiny_config, 16, 5), tmp_path / "a.npz")
     said = run(tmp_path / "a.npz", tmp_path / "b.safetensors")
-    assert "Features (the head is all zero)" in said and "differ by at most 0.0e+00" in said
+    assert "Features (the head is all zero)" in said and "are equal to the bit" in said
 
 
 def test_a_conversion_that_changes_the_logits_is_not_written(file, tmp_path, capsys, monkeypatch):
@@ -210,9 +231,12 @@ def test_half_precision_is_written_when_asked_for(file, tiny_model, tmp_path, ca
     assert load_file(tmp_path / "b.safetensors")["cls_token"].dtype == torch.bfloat16
 
 
-def test_imagenet_names_go_with_a_fine_tuned_file_of_googles(tmp_path, run):
-    save_npz(randomise(VisionTransformer(CONFIGS["ViT-Ti_16"], 224, 1000)), tmp_path / "a.npz")
-    assert "1,000 classes are ImageNet's" in run(tmp_path / "a.npz", tmp_path / "b.safetensors")
+def test_imagenet_names_go_with_a_fine_tuned_file_of_googles(tmp_path, run, monkeypatch):
+    name = tmp_path / "imagenet21k+imagenet2012" / "ViT-B_32.npz"
+    config = replace(CONFIGS["ViT-B_32"], num_layers=1)
+    monkeypatch.setitem(CONFIGS, "ViT-B_32", config)  # the name of a structure decides, and one block is enough of it
+    save_npz(randomise(VisionTransformer(config, 384, 1000)), name)
+    assert "1,000 classes are ImageNet's" in run(name, tmp_path / "b.safetensors")
     assert exchange.read_metadata(tmp_path / "b.safetensors")["classes"] == imagenet_classes()
     assert imagenet_classes()[207] == "golden retriever" and len(imagenet_classes()) == 1000
 
@@ -225,3 +249,61 @@ def test_a_large_onnx_keeps_the_name_of_its_weights(file, tmp_path, run, monkeyp
     images = torch.rand(3, 3, 16, 16)
     ours = load_npz(file).eval()(images).detach().numpy()
     assert np.abs(onnx_export.check(tmp_path / "b.onnx", images.numpy()) - ours).max() < 1e-5
+
+
+def test_values_beyond_the_type_are_refused_before_anything_is_made(tiny_model, tmp_path, capsys):
+    with torch.no_grad():
+        tiny_model.head.weight *= 1e6
+    save_npz(tiny_model, tmp_path / "a.npz")
+    for out in ("b.npz", "b.safetensors", "b/"):
+        said = refused(capsys, convert.main, tmp_path / "a.npz", f"{tmp_path}/{out}", "--dtype", "float16")
+        assert "is beyond what float16 can hold" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_model_folder_is_back_when_its_successor_cannot_take_its_place(file, tmp_path, capsys, run, monkeypatch):
+    run(file, f"{tmp_path}/model/")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    rename, calls = os.rename, []
+
+    def second_fails(old, new):
+        calls.append(new)
+        if str(new) == f"{tmp_path}/model" and len(calls) > 1 and "part" in str(old):
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+    monkeypatch.setattr(huggingface.os, "rename", second_fails)
+    refused(capsys, convert.main, file, f"{tmp_path}/model/", "--overwrite")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tiny.npz"]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(file, tmp_path, capsys):
+    assert "cannot be written" in refused(capsys, convert.main, file, file / "x.npz")
+    assert "cannot be written" in refused(capsys, convert.main, file, "/proc/x.npz")
+
+
+def test_a_refused_conversion_makes_no_folders(tiny_config, tmp_path, capsys):
+    save_npz(VisionTransformer(replace(tiny_config, classifier="gap"), 16, 5), tmp_path / "a.npz")
+    refused(capsys, convert.main, tmp_path / "a.npz", f"{tmp_path}/new/folder/")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_float64_is_rounded_and_said(tiny_model, tmp_path, run):
+    save_npz(tiny_model.double(), tmp_path / "a.npz")
+    assert "float32 (float64 in a.npz)" in run(tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def test_the_type_of_the_file_is_kept_where_the_format_has_it(tiny_model, tmp_path, run):
+    save_npz(tiny_model, tmp_path / "a.npz", dtype="float16")
+    run(tmp_path / "a.npz", tmp_path / "b.safetensors")
+    run(tmp_path / "b.safetensors", tmp_path / "c.npz")
+    assert same_arrays(tmp_path / "a.npz", tmp_path / "c.npz")
+    exchange.save(tiny_model, tmp_path / "d.safetensors", {}, dtype=torch.bfloat16)
+    assert "float32 (bfloat16 in d.safetensors)" in run(tmp_path / "d.safetensors", tmp_path / "e.npz")
+
+
+def test_pixels_that_fill_no_patch_are_compared_and_said_to_be_lost(tiny_config, tmp_path, run):
+    exchange.save(randomise(VisionTransformer(tiny_config, 18, 5)), tmp_path / "a.safetensors", {})
+    said = run(tmp_path / "a.safetensors", tmp_path / "b.npz")
+    assert "records the grid and not 18 x 18 px: it will be read as for 16 x 16" in said
+    assert "are equal to the bit" in said

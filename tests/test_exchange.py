@@ -214,7 +214,7 @@ def test_what_nobody_recorded_is_googles_and_said(bare, tiny_config, caplog):
     bare.with_name("config.json").write_text(json.dumps({"architecture": "x.mae", "mean": [0.4, 0.5, 0.6]}))
     with caplog.at_level(logging.INFO):
         load(bare, config=tiny_config)
-    assert ("bare.safetensors: config.json beside it says GELU erf, mean (0.4, 0.5, 0.6); not recorded, so as "
+    assert ("bare.safetensors: config.json beside it (gelu) says GELU erf, mean (0.4, 0.5, 0.6); not recorded, so as "
             "Google's: norm epsilon 1e-06, deviation (0.5, 0.5, 0.5).") in caplog.messages
 
 

@@ -23,7 +23,7 @@ def test_a_file_of_each_layout_is_identified(tiny_model, tiny_config, tmp_path):
         assert (what.path, what.layout, what.grid, what.img_size) == (tmp_path / name, layout, (4, 4), (16, 16))
         assert (what.num_classes, what.dtype) == (5, "float32") and what.config.num_heads == 2
         assert what.parameters == sum(p.numel() for p in tiny_model.parameters())
-        assert what.size == (tmp_path / name).stat().st_size and not what.families
+        assert what.size == (tmp_path / name).stat().st_size and what.family is None and what.candidates == ()
         assert what.repairs == (("nested under 'model'",) if name == "b.bin" else ())
 
 
@@ -58,15 +58,19 @@ def test_a_description_is_the_configuration_and_size_that_loading_gives(tiny_mod
         exchange.describe(tmp_path / "a.safetensors", "ViT-B_16")
 
 
-def test_a_head_of_zeros_is_seen_in_every_layout(tiny_config, tmp_path):
-    for zero in (True, False):
-        model = VisionTransformer(tiny_config, 16, 5)  # Google starts with a zero head
-        if not zero:
-            model.head.bias.data[4] = 1e-3
-        save_npz(model, tmp_path / "a.npz")
-        save(model, tmp_path / "a.safetensors", {})
-        torch.save(transformers_names(model), tmp_path / "a.pth")
-        for name in ("a.npz", "a.safetensors", "a.pth"):
-            assert exchange.head_is_zero(tmp_path / name) is zero
-    save(VisionTransformer(tiny_config, 16, 0), tmp_path / "a.safetensors", {})
-    assert not exchange.head_is_zero(tmp_path / "a.safetensors")
+def test_what_was_asked_for_and_is_not_there_is_refused(tiny_model, tmp_path):
+    save_npz(tiny_model, tmp_path / "a.npz")
+    save(tiny_model, tmp_path / "a.safetensors", {})
+    for name in ("a.npz", "a.safetensors"):
+        with pytest.raises(ValueError, match=r"holds another model, not ViT-B_16: .*hidden_size 32 instead of 768"):
+            exchange.identify(tmp_path / name, "ViT-B_16")
+
+
+def test_conventions_that_nobody_recorded_are_told_and_stay_told(tiny_model, tiny_config, tmp_path):
+    save_file(tiny_model.state_dict(), tmp_path / "bare.safetensors")
+    what = exchange.identify(tmp_path / "bare.safetensors", tiny_config)
+    assert what.assumed == ("gelu", "norm_eps", "mean", "std")
+    save(tiny_model, tmp_path / "ours.safetensors", {"assumed": what.assumed})
+    assert exchange.identify(tmp_path / "ours.safetensors").assumed == what.assumed
+    save_npz(tiny_model, tmp_path / "a.npz")
+    assert exchange.identify(tmp_path / "a.npz").assumed == ()

@@ -124,7 +124,8 @@ def test_identify_tells_what_a_file_is_without_reading_it(tiny_config, tmp_path,
     changed(tmp_path / "b.npz", head__bias=np.zeros(5, np.float32))
     what = identify(tmp_path / "a.npz")
     assert what.config == config and what.grid == (4, 10) and what.img_size == (16, 40) and what.num_classes == 5
-    assert what.parameters == sum(p.numel() for p in model.parameters()) and what.families == ()
+    assert what.parameters == sum(p.numel() for p in model.parameters())
+    assert what.family is None and what.candidates == ()
     assert what.size == (tmp_path / "a.npz").stat().st_size
     assert what.dtype == "float32" and identify(tmp_path / "b.npz").dtype == "mixed"
     changed(tmp_path / "a.npz", grid=None)
@@ -174,7 +175,7 @@ def test_numbers_that_are_not_finite_are_refused(file):
 
 def test_pickled_objects_are_refused(file):
     changed(file, cls=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match=r"tiny.npz: 'cls.npy' holds object and no numbers"):
+    with pytest.raises(ValueError, match=r"tiny.npz: 'cls.npy' holds object; expected floating-point numbers"):
         load_npz(file)
 
 

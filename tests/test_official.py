@@ -86,22 +86,43 @@ def test_a_bfloat16_momentum_that_is_not_googles_breaks_the_trajectory(training,
     (training / "trajectory_vit_accum4_clip3_mom-float64_float64.npz").unlink()
     listed(training, {name: listed(training)[name]})
     monkeypatch.setattr(NarrowMomentumSGD, "_update", update)
-    (row,) = trajectories(training / "trajectory_meta.json")
+    (row,) = trajectories(training / name)
     assert (row.case, row.size, row.precision) == (
         "training, bfloat16 momentum (share of limit)", "vit, accumulation 1, clip 1", "float32")
     assert row.holds == holds and (row.error < 0.5 if holds else row.error > 1.5)
 
 
-def test_a_trajectory_that_is_missing_or_damaged_or_not_listed_is_broken_and_the_others_run(training):
+def test_a_trajectory_that_is_damaged_or_not_listed_is_broken_a_missing_one_is_named_and_the_others_run(training):
     exact, missing, unlisted = (f"trajectory_vit_accum{n}_mom-float64_float64.npz" for n in ("4_clip3", "7", "9"))
     narrow = "trajectory_vit_accum1_clip1_mom-bfloat16_float32.npz"
     shutil.copy(training / exact, training / unlisted)
     listed(training, {**listed(training), missing: listed(training)[exact]})
     (training / narrow).write_bytes(b"nothing")
-    rows = {row.size if row.holds else row.case: row for row in trajectories(training / "trajectory_meta.json")}
-    assert len(rows) == 4 and rows["vit, accumulation 4, clip 3"].holds
-    for name, words in ((narrow, "Error"), (missing, "FileNotFoundError"), (unlisted, "KeyError")):
-        assert np.isnan(rows[name].error) and words in rows[name].size
+    result = official(training)
+    broken = [line for line in result.stdout.splitlines() if "BROKEN" in line]
+    assert result.returncode == 1 and len(broken) == 2
+    assert narrow in broken[0] and unlisted in broken[1] and "KeyError" in broken[1]
+    assert "| vit, accumulation 4, clip 3 | float64 |" in result.stdout and "3 checks, 2 broken" in result.stdout
+    assert f"Not there, though listed: {training.name}/{missing}." in result.stdout
+
+
+def test_trajectories_without_their_list_are_broken_and_links_are_followed(training, tmp_path_factory):
+    (training / "trajectory_meta.json").unlink()
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "training").symlink_to(training)
+    result = official(linked)
+    assert result.returncode == 1 and "2 checks, 2 broken" in result.stdout and "FileNotFoundError" in result.stdout
+
+
+def test_images_that_are_larger_than_the_grid_s_run_as_google_runs_them(training):
+    """Google drops the rest of a patch: the same run on images with an edge that no patch sees."""
+    exact = "trajectory_vit_accum4_clip3_mom-float64_float64.npz"
+    with np.load(training / "trajectory_vit_batches.npz") as file:
+        arrays = dict(file)
+    arrays["images"] = np.pad(arrays["images"], ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=9.0)
+    np.savez(training / "trajectory_vit_batches.npz", **arrays)
+    (row,) = trajectories(training / exact)
+    assert row.holds and row.error < 0.1
 
 
 def test_a_published_array_or_total_that_differs_is_counted(tmp_path):

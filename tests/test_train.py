@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 import train
 from models import exchange, huggingface
-from models.configs import replace
+from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
 from models.npz import save_npz
 from tests.conftest import randomise
 from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
+from tests.test_exchange import vit_pytorch_names
 from utils import data
 
 
@@ -60,7 +61,7 @@ def error_of(capsys, call, *argv):
 
 KINDS = {  # changes of the configuration, what is done to its arrays
     **{name: ({}, change) for name, (change, _) in LAYOUTS.items()},
-    "published": ({}, dict), "gap": ({"classifier": "gap"}, dict), "pre_logits": ({"representation_size": 20}, dict),
+    "published": ({}, dict), "not square": ({}, dict), "gap": ({"classifier": "gap"}, dict), "pre_logits": ({"representation_size": 20}, dict),
     "float16": ({}, lambda arrays: {key: a.astype(np.float16) for key, a in arrays.items()}),
     "bfloat16": ({}, bfloat16), "no class row": ({}, lambda arrays: big_vision(arrays, class_row=False)),
     "hybrid, root alone": ({"resnet": {"num_layers": (), "width_factor": 0.5}, "patch_size": (1, 1)}, dict),
@@ -68,33 +69,43 @@ KINDS = {  # changes of the configuration, what is done to its arrays
 }
 
 
+def few_steps(folder, path, out):
+    """A short run from a checkpoint, with nothing said about the checkpoint but where it is."""
+    return train.main(["--pretrained_dir", str(path), "--dataset", str(folder), "--output_dir", str(out),
+                       "--num_steps", "3", "--warmup_steps", "1", "--train_batch_size", "12"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_npz_starts_a_run_with_no_other_flag(kind, start, tiny_config, tmp_path):
+def test_every_kind_of_npz_starts_a_run_with_no_other_flag(kind, image_folder, tiny_config, tmp_path):
     changes, change = KINDS[kind]
-    save_npz(randomise(VisionTransformer(replace(tiny_config, **changes), 32, 5)), tmp_path / "a.npz")
+    size = (16, 40) if kind == "not square" else 32
+    save_npz(randomise(VisionTransformer(replace(tiny_config, **changes), size, 5)), tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", **change(arrays_of(tmp_path / "a.npz")))
-    result = start("--pretrained_dir", tmp_path / "b.npz", "--num_steps", 3, "--warmup_steps", 1, "--img_size", 32)
+    result = few_steps(image_folder, tmp_path / "b.npz", tmp_path / "output")
     losses = values(result, "train/loss")
-    assert losses[1] == pytest.approx(math.log(3), abs=1e-6) and 0.5 < losses[3] < 2 and losses[3] != losses[1]
-    origin = exchange.read_metadata(result["folder"] / "last.safetensors")["finetuned_from"]
-    assert origin["name"] == "b.npz"
+    assert losses[1] == pytest.approx(math.log(3), abs=1e-5) and 0.5 < losses[3] < 2 and losses[3] != losses[1]
+    about = exchange.read_metadata(result["folder"] / "last.safetensors")
+    assert about["finetuned_from"]["name"] == "b.npz"
+    assert about["img_size"] == ([16, 40] if kind == "not square" else [32, 32])
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "folder"])
-def test_other_formats_start_a_run_too(kind, start, tiny_config, tmp_path):
-    model = randomise(VisionTransformer(replace(tiny_config, hidden_size=192, mlp_dim=768, num_heads=3, num_layers=6),
-                                        32, 5))
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "folder", "ViT-pytorch"])
+def test_other_formats_start_a_run_too(kind, image_folder, tiny_config, tmp_path):
+    model = randomise(VisionTransformer(CONFIGS["ViT-demo"], 32, 5))
     if kind == "folder":
         huggingface.save_folder(model, tmp_path / "a", {})
     elif kind == "pth":
         torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    elif kind == "ViT-pytorch":
+        torch.save(vit_pytorch_names(model), tmp_path / "a_checkpoint.bin")
     else:
         save_file(model.state_dict(), tmp_path / "a.safetensors")
     path = next(tmp_path.glob("a*"))
-    result = start("--pretrained_dir", path, "--num_steps", 3, "--warmup_steps", 1, "--img_size", 32)
-    assert values(result, "train/loss")[1] == pytest.approx(math.log(3), abs=1e-6)
+    result = few_steps(image_folder, path, tmp_path / "output")
+    assert values(result, "train/loss")[1] == pytest.approx(math.log(3), abs=1e-5)
     about = exchange.read_metadata(result["folder"] / "last.safetensors")
-    assert about["finetuned_from"]["name"] == path.name and about["config"]["num_layers"] == 6
+    assert about["finetuned_from"]["name"] == path.name and about["config"]["name"] == "ViT-demo"
+    assert about["config"]["gelu"] == ("erf" if kind == "ViT-pytorch" else "tanh")
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -313,6 +313,9 @@ def _decode(path, channels: int) -> Tensor:
         # Pillow (to 13.0 at least) scrambles turned TIFFs that it opens by name, not those from an open file.
         with open(path, "rb") as file:
             pixels = _array(file, channels) if is_array else _picture(file, channels)  # (H, W, channels)
+    except OtherChannels as error:
+        raise ValueError(f"{path} {error}, and --in_chans is {channels}: give the number that your images have, or "
+                         f"store them as .npy, (H, W, {channels}) uint8.") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "it is empty or of an unknown format" if unknown else str(error) or type(error).__name__
@@ -323,12 +326,16 @@ def _decode(path, channels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+class OtherChannels(ValueError):
+    """A sound image whose channels are not those of the model."""
+
+
 def _array(file, channels: int) -> np.ndarray:
     """An open .npy of (H, W, channels) uint8, or (H, W) for one channel. ValueError: it holds anything else."""
     array = np.lib.format.read_array(file, allow_pickle=False)  # np.load would also open archives
     pixels = array[..., None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
-        raise ValueError(f"it holds {array.shape} {array.dtype}")
+        raise OtherChannels(f"holds {array.shape} {array.dtype}")
     return pixels
 
 
@@ -346,7 +353,7 @@ def _picture(file, channels: int) -> np.ndarray:
             image = image.convert("RGBA")
         mode = STORED.get(channels)
         if image.mode != mode:
-            raise ValueError(f"Pillow finds the channels {', '.join(image.getbands())}; expected {mode or channels}")
+            raise OtherChannels(f"has the channels {', '.join(image.getbands())}")
         return np.array(image)
 
 

@@ -24,14 +24,16 @@ def summarise(settings, dataset, model, origin, device, precision, folder) -> No
     held = f", {len(dataset.val):,} val" if dataset.val else ""
     for what, text in {
         "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                 f"{model.img_size[0]} x {model.img_size[1]} px, dropout {model.config.dropout_rate:g}",
+                 f"{model.img_size[0]} x {model.img_size[1]} px, {model.config.in_chans} channels, "
+                 f"dropout {model.config.dropout_rate:g}",
         "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
         "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
                 f"{len(dataset.train.classes)} classes",
         "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
                  f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
-        "recipe": f"{s.optimizer}, LR {s.learning_rate:g} after {s.warmup_steps} steps of warm-up, {s.decay_type}, "
-                  f"clip {s.max_grad_norm:g}, weight decay {s.weight_decay:g}, seed {s.seed}",
+        "recipe": f"{s.optimizer}{', bfloat16 momentum' * (s.momentum_dtype == 'bfloat16')}, LR {s.learning_rate:g} "
+                  f"after {s.warmup_steps} steps of warm-up, {s.decay_type}, clip {s.max_grad_norm:g}, "
+                  f"weight decay {s.weight_decay:g}, seed {s.seed}",
         "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
                   f"{str(precision).removeprefix('torch.')}",
         "output": str(folder),

@@ -49,7 +49,7 @@ class Settings:
 
     model_type: str = flag("auto", "model", "a published name; auto: what the checkpoint is, ViT-B_16 without one")
     pretrained_dir: str | None = flag(
-        None, "model", ".npz or timm .safetensors; none: from scratch (default: checkpoint/MODEL_TYPE.npz)", type=str)
+        None, "model", "weights of any format; none: from scratch (default: checkpoint/MODEL_TYPE.npz)", type=str)
     in_chans: int | None = flag(None, "model", "channels of the images, 1 to N (default: the checkpoint's, 3)",
                                 type=int)
     dropout: float | None = flag(None, "model", "dropout rate (default: the published configuration's)", type=float)
