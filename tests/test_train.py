@@ -61,7 +61,8 @@ def error_of(capsys, call, *argv):
 
 KINDS = {  # changes of the configuration, what is done to its arrays
     **{name: ({}, change) for name, (change, _) in LAYOUTS.items()},
-    "published": ({}, dict), "not square": ({}, dict), "gap": ({"classifier": "gap"}, dict), "pre_logits": ({"representation_size": 20}, dict),
+    "published": ({}, dict), "not square": ({}, dict), "gap": ({"classifier": "gap"}, dict),
+    "pre_logits": ({"representation_size": 20}, dict),
     "float16": ({}, lambda arrays: {key: a.astype(np.float16) for key, a in arrays.items()}),
     "bfloat16": ({}, bfloat16), "no class row": ({}, lambda arrays: big_vision(arrays, class_row=False)),
     "hybrid, root alone": ({"resnet": {"num_layers": (), "width_factor": 0.5}, "patch_size": (1, 1)}, dict),
