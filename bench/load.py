@@ -116,7 +116,8 @@ def child(*args) -> dict:
 def run_all(tools: dict, path, facts, classes, kept, runs) -> dict[str, list[dict]]:
     """The runs of each tool; they take turns."""
     found = {tool: [] for tool in tools}
-    for _ in range(runs):
+    for done in range(runs):
+        print(f"run {done + 1} of {runs} ...", end="\r", file=sys.stderr, flush=True)
         for tool, extra in tools.items():
             found[tool].append(child(tool, path, facts["name"], classes, kept, *extra))
     return found
@@ -155,6 +156,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--heads", nargs="+", choices=("new", "own"), default=("new", "own"))
     args = parser.parse_args()
+    if not Path(args.path).is_file():
+        raise SystemExit(f"error: there is no file {args.path}.")
     facts, tools = child("tell", args.path), {"ours": ()}
     timm_version = None
     if importlib.util.find_spec("timm") and facts["name"] in TIMM_NAMES:

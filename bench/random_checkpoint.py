@@ -23,7 +23,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.path.exists():
         raise SystemExit(f"{args.path} exists already: it is not overwritten.")
-    config = get_config(args.model)
+    try:
+        config = get_config(args.model)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     torch.manual_seed(0)
     model = VisionTransformer(replace(config, representation_size=config.hidden_size), 224, 21_843)
     torch.nn.init.normal_(model.head.weight, std=0.01)
