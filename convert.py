@@ -160,6 +160,8 @@ def check_holds(model: VisionTransformer, kind: str, metadata: dict, dtype: str)
         raise ValueError(f"An {kind} is not written in {dtype}: choose another --dtype, or .safetensors.")
     if kind == "folder":
         huggingface.card_of(model, metadata)
+    if kind == ".onnx":
+        onnx_export.require()
     largest = max(p.abs().max().item() for p in model.parameters())
     if largest > torch.finfo(getattr(torch, dtype)).max:
         raise ValueError(f"A weight of {largest:.3g} is beyond what {dtype} can hold: choose another --dtype.")

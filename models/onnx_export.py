@@ -70,6 +70,12 @@ def check(path, images) -> np.ndarray:
     return session.run(["logits"], {"images": np.asarray(images, np.float32)})[0]
 
 
+def require() -> None:
+    """ValueError: a library is missing that writing or running such a file needs."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _library(name)
+
+
 def _library(name: str):
     try:
         return importlib.import_module(name)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -307,3 +308,11 @@ def test_pixels_that_fill_no_patch_are_compared_and_said_to_be_lost(tiny_config,
     said = run(tmp_path / "a.safetensors", tmp_path / "b.npz")
     assert "records the grid and not 18 x 18 px: it will be read as for 16 x 16" in said
     assert "are equal to the bit" in said
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_library_for_onnx_is_one_sentence(library, file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    said = refused(capsys, convert.main, file, tmp_path / "b.onnx")
+    assert f"needs {library}, which is not installed: pip install onnx onnxscript onnxruntime" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.npz"]
