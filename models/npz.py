@@ -32,6 +32,7 @@ from models.fill import (
     square_or_told,
     with_channels,
 )
+from models.fill import resize_pos_embed as resize_pos_embed  # asked of Google's layout, needed by all
 from models.modeling import VisionTransformer
 
 log = logging.getLogger(__name__)
