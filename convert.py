@@ -88,8 +88,8 @@ def convert(args) -> None:
     what = exchange.identify(args.file, args.model_type)
     model = load(args, kind, what)
     metadata = about(what, args.file, model)
-    args.dtype = args.dtype or (what.dtype if what.dtype in TYPES.get(kind, DTYPES) else "float32")
-    check_holds(model, kind, metadata, args.dtype)
+    dtype = args.dtype or (what.dtype if what.dtype in TYPES.get(kind, DTYPES) else "float32")
+    check_holds(model, kind, metadata, dtype)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=f"{out.name}.part.", dir=out.parent)
@@ -97,8 +97,8 @@ def convert(args) -> None:
         raise ValueError(f"{args.out} cannot be written ({error.strerror}).") from error
     with temporary as folder:
         target = Path(folder) / out.name  # its own name: a large .onnx names the file of weights beside it
-        write(model, target, kind, metadata, args.dtype)
-        compare(model, target, kind, args)
+        write(model, target, kind, metadata, dtype)
+        compare(model, target, kind, dtype, args)
         if kind == "folder":
             huggingface.put(target, out)
         else:
@@ -106,8 +106,8 @@ def convert(args) -> None:
                 if file.exists():
                     os.replace(file, out.with_name(file.name))
     size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))
-    from_type = "" if what.dtype == args.dtype else f" ({what.dtype} in {args.file.name})"
-    log.info("%s: %.1f MiB, %s%s.", args.out, size / 2**20, args.dtype, from_type)
+    from_type = "" if what.dtype == dtype else f" ({what.dtype} in {args.file.name})"
+    log.info("%s: %.1f MiB, %s%s.", args.out, size / 2**20, dtype, from_type)
 
 
 def kind_of(out: str) -> str:
@@ -187,11 +187,11 @@ def write(model: VisionTransformer, path: Path, kind: str, metadata: dict, dtype
 
 
 @torch.no_grad()
-def compare(model: VisionTransformer, path: Path, kind: str, args) -> None:
+def compare(model: VisionTransformer, path: Path, kind: str, dtype: str, args) -> None:
     """Logits of both sides on two fixed images; ValueError: they differ by more than rounding explains."""
     shape = (2, model.config.in_chans, *model.img_size)
     images = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32))
-    ours, theirs = model(images), None
+    ours = model(images)
     what, reader = "Logits" if model.num_classes else "Features (there is no head)", "this toolkit"
     if kind == ".onnx":
         if not ours.any():
@@ -207,7 +207,7 @@ def compare(model: VisionTransformer, path: Path, kind: str, args) -> None:
     error, scale = (ours - theirs).abs().max().item(), ours.abs().max().item() or 1.0
     log.info("%s of %s and of %s (read by %s) %s.", what, args.file.name, args.out, reader, "are equal to the bit"
              if error == 0 else f"differ by at most {error:.1e}, {error / scale:.1e} of the largest")
-    if not error <= (TOLERANCE if args.dtype == "float32" else 1.0) * scale:  # nor may it be NaN
+    if not error <= (TOLERANCE if dtype == "float32" else 1.0) * scale:  # nor may it be NaN
         raise ValueError(f"{args.out} was not written: its logits would differ from those of {args.file}.")
 
 

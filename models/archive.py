@@ -69,7 +69,7 @@ class Archive:
             self.shapes = {key: self._shape(source) for key, source in self._sources.items()}
             self.dtypes = {key: self._dtype(key) for key in self._sources}
             self._close = stack.pop_all().close
-        self._scratch, self._reading, self._slicing = Scratch(), threading.Lock(), threading.Lock()
+        self._scratch, self._reading = Scratch(), threading.Lock()
         self._whole = (None, None)  # the last array that was read in slices
 
     def __enter__(self):
@@ -107,12 +107,12 @@ class Archive:
         return f"; it begins with {text!r}" if text.isprintable() and text else ""
 
     def _slice(self, source: Source) -> np.ndarray:
-        with self._slicing:
-            if self._whole[0] != source.name:
-                self._whole = None, None  # its memory first
-                whole = self._read(self._stored[source.name], lambda size: np.empty(size, np.uint8))
-                self._whole = source.name, whole
-            return self._whole[1][source.block]
+        """One block of a stack, which is kept until another is asked for; `threads` sees to it that one thread asks."""
+        if self._whole[0] != source.name:
+            self._whole = None, None  # its memory first
+            whole = self._read(self._stored[source.name], lambda size: np.empty(size, np.uint8))
+            self._whole = source.name, whole
+        return self._whole[1][source.block]
 
     def _read(self, stored: Stored, take: Callable[[int], np.ndarray]) -> np.ndarray:
         data = take(stored.dtype.itemsize * math.prod(stored.shape))

@@ -55,7 +55,7 @@ FOREIGN = {
 # --- The file --------------------------------------------------------------------------------------------------------
 
 class Weights:
-    """An open file of any layout but Google's, seen under our names; used as `npz.Archive` is.
+    """An open file of any layout but Google's, seen under our names; used as `archive.Archive` is.
 
     `shapes` and `dtypes` by our name, `read(key)`; `layout` (whose names these were) and `repairs`; `record`: our own
     header, or {}.

@@ -13,7 +13,7 @@ from models.modeling_resnet import ResNetStem, init_stem, lecun_normal_, stem
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, H, W) -> (B, h * w, D), row by row: one convolution of stride P, behind the ResNet stem if there is one.
+    """(B, in_chans, H, W) -> (B, h * w, D), row by row: one convolution of stride P, behind the ResNet stem if any.
 
     Pixels at the bottom and right that fill no patch are dropped, as Google's VALID convolution does.
     """

@@ -81,7 +81,7 @@ class Root(nn.Module):
 
 
 class ResNetStem(nn.Module):
-    """Root, then stages of residual units: (B, C, H, W) -> (B, out_channels, ceil(H / scale), ceil(W / scale))."""
+    """Root, then stages of residual units: (B, in_chans, H, W) -> (B, channels, ceil(H / scale), ceil(W / scale))."""
 
     def __init__(self, num_layers, width_factor, in_chans, eps):
         super().__init__()

@@ -8,7 +8,7 @@ import importlib
 import json
 import logging
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +45,13 @@ def export(model: VisionTransformer, path, metadata: dict) -> None:
     program.model.metadata_props["vit"] = json.dumps(record(model, metadata))
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")  # a folder: the name of the second file is written in the first
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        program.save(temporary / path.name, external_data=size > LIMIT)
-        for file in sorted(temporary.iterdir(), reverse=True):  # NAME.onnx.data before NAME.onnx, which needs it
+    # A folder, as the name of the second file is written in the first.
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.part.", dir=path.parent) as temporary:
+        program.save(Path(temporary) / path.name, external_data=size > LIMIT)
+        for file in sorted(Path(temporary).iterdir(), reverse=True):  # NAME.onnx.data before NAME.onnx, which needs it
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())  # the rename must not reach the disk before the weights do
             os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if size > LIMIT:
         log.info("%s: an .onnx file ends at 2 GiB, so the weights are in %s.data beside it. Keep the two together.",
                  path, path.name)

@@ -10,17 +10,13 @@ from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
 from models.npz import identify, load_npz, save_npz
 from tests.conftest import randomise
+from tests.layouts import arrays_of
 
 
 @pytest.fixture
 def file(tiny_model, tmp_path):
     save_npz(tiny_model, tmp_path / "tiny.npz")
     return tmp_path / "tiny.npz"
-
-
-def arrays_of(path):
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
 
 
 def changed(path, **changes):

@@ -33,7 +33,10 @@ def test_names_and_shapes_are_timms_for_every_variant(name):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=10)
         ours = VisionTransformer(CONFIGS[VARIANTS[stem]], int(size), 10)
-    theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    shapes = [{key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    left_over = theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    assert not left_over.missing_keys and not left_over.unexpected_keys
 
 
 def trained(name, size):

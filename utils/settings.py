@@ -40,7 +40,7 @@ class Settings:
         "cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
     img_size: tuple[int, int] | None = flag(
-        None, "data", "pixels, N or H,W (default: the checkpoint's, at most 224)", type=image_size, metavar="N")
+        None, "data", "pixels, N or H,W (default: the checkpoint's; larger squares 224)", type=image_size, metavar="N")
     val_fraction: float = flag(0.0, "data", "share of train held out, on which `best` is then chosen")
     min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
                                   type=float)
