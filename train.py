@@ -104,7 +104,7 @@ def fit(settings: Settings, model, batches: TrainBatches, selection: EvalBatches
     scaler = make_scaler(batches.device.type, precision, settings.loss_scale)
     progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=scaler.is_enabled())
     best = None
-    for step, (images, labels) in enumerate(batches.stream(0, settings.num_steps), start=1):
+    for step, (images, labels) in enumerate(batches.stream(range(settings.num_steps)), start=1):
         lr = lr_at(step - 1, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)
         with attention_kernel(model, batches.device, precision):

@@ -157,7 +157,7 @@ def test_a_folder_of_rgba_reaches_the_batch_untouched_also_through_a_worker(tmp_
     look = LOOK | dict(mean=(0.0,) * 4, std=(1 / 255,) * 4)
     for batches in (EvalBatches(loaded.test, workers=1, **look),
                     EvalBatches(resident(loaded.test, (12, 14), "cpu"), **look)):
-        (images, labels), = batches.stream(0, 1)
+        (images, labels), = batches.stream(range(0, 1))
         assert labels.tolist() == [0, 0, 1, 1]
         assert torch.allclose(images, torch.from_numpy(RGBA).permute(2, 0, 1).float().expand(4, -1, -1, -1), atol=1e-4)
 
@@ -178,7 +178,7 @@ def test_a_folder_of_arrays_of_five_channels_is_trained_on_and_scored(tmp_path):
     crop = torch.from_numpy(expected[2:10, 3:12]).permute(2, 0, 1).float()  # its pixels, as no resize is due
     for split in (loaded.train, resident(loaded.train, (8, 9), "cpu")):
         batches = Cropped(split, seed=0, training_view=data.View(), **{**look, "size": (8, 9)})
-        for images, _ in batches.stream(0, 2):
+        for images, _ in batches.stream(range(0, 2)):
             assert torch.allclose(images, torch.stack([crop, crop.flip(2)] * 2), atol=1e-5)
     images, _ = EvalBatches(loaded.test, **look)[0]
     assert torch.allclose(images[3], torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1e-5)

@@ -113,18 +113,18 @@ class Batches:
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
         return self.on_device([self.looks(k, part) for part in self.parts(k)])
 
-    def stream(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches start .. stop - 1 in order, each made while the one before is used."""
+    def stream(self, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of these numbers in order, each made while the one before is used."""
         make = self._stream_from_processes if self.workers else self._stream_from_thread
-        for parts in make(range(start, stop)):
+        for parts in make(numbers):
             yield self.on_device(parts)
 
     def _stream_from_thread(self, numbers: range) -> Iterator[list[Looks]]:
         with ThreadPoolExecutor(1) as thread:
             ahead = None
             for k in numbers:
-                now = ahead or thread.submit(self._all_looks, k)
-                ahead = thread.submit(self._all_looks, k + 1) if k + 1 in numbers else None
+                now, following = ahead or thread.submit(self._all_looks, k), k + numbers.step
+                ahead = thread.submit(self._all_looks, following) if following in numbers else None
                 yield now.result()
 
     def _all_looks(self, k: int) -> list[Looks]:

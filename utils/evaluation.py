@@ -23,7 +23,7 @@ def evaluate(model, batches: EvalBatches, precision: torch.dtype = torch.float32
     training = model.training
     model.eval()
     correct, loss = (torch.zeros((), dtype=torch.float64, device=batches.device) for _ in range(2))
-    for images, labels in batches.stream(0, len(batches)):
+    for images, labels in batches.stream(range(len(batches))):
         with torch.autocast(batches.device.type, dtype=precision, enabled=precision != torch.float32):
             logits = model(images)
         correct += (logits.argmax(dim=1) == labels).sum()

@@ -67,6 +67,24 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} holds a run already. Choose another --name, or --overwrite it.")
 
 
+def weights_of(path, kind: str = "auto") -> Path:
+    """The weights in a run's folder; any other path as it is.
+
+    kind: "best", "last", or "auto": `best` where a held-out part has chosen it, else `last`, as the test set itself has
+    chosen `best` there. ValueError: a run that has saved no weights yet.
+    """
+    path = Path(path)
+    if not (path / "settings.json").is_file():
+        return path
+    if kind == "auto":
+        last = path / "last.safetensors"
+        chosen = last.exists() and "val" in exchange.read_metadata(last).get("accuracy", {})
+        kind = "best" if chosen else "last"
+    if not (path / f"{kind}.safetensors").exists():
+        raise ValueError(f"{path} is a run without {kind}.safetensors: it has had no evaluation yet.")
+    return path / f"{kind}.safetensors"
+
+
 def _write(path: Path, text: str) -> None:
     """Writes the whole file or leaves it as it was."""
     temporary = path.with_name(path.name + ".part")

@@ -38,6 +38,8 @@ class Settings:
 
     dataset: str = flag(
         "cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
+    labels: str | None = flag(None, "data", "CSV of image,label[,split] or a column a class, for images in --dataset "
+                              "(default: folders are classes)", type=str, metavar="FILE.csv")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
     img_size: tuple[int, int] | None = flag(
         None, "data", "pixels, N or H,W (default: the checkpoint's; larger squares 224)", type=image_size, metavar="N")
@@ -45,6 +47,8 @@ class Settings:
     min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
                                   type=float)
     no_flip: bool = flag(False, "data", "never mirror training images")
+    check_data: bool = flag(False, "data", "before the run look at every image: readable, too small, twice in two parts")
+    skip_unreadable: bool = flag(False, "data", "leave unreadable images out instead of stopping; looks at every image")
     num_workers: int = flag(-1, "data", "processes that decode sets too large for memory; -1: one a core, at most 8")
 
     model_type: str = flag("auto", "model", "a published name; auto: what the checkpoint is, ViT-B_16 without one")
@@ -67,6 +71,11 @@ class Settings:
                                choices=["float32", "bfloat16"])
     weight_decay: float = flag(0.0, "training", "none in the paper's fine-tuning")
     max_grad_norm: float = flag(1.0, "training", "clip the gradient's global norm; 0: never")
+    class_weights: str = flag("none", "training", "balanced: rare classes count as much as frequent ones",
+                              choices=["none", "balanced"])
+    label_smoothing: float = flag(0.0, "training", "share of each label that is spread over all classes")
+    metric: str = flag("auto", "training", "what makes an evaluation `best`; auto: accuracy, with several labels an "
+                       "image map", choices=["auto", "accuracy", "loss", "macro_f1", "map"])
     seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
 
     device: str = flag("auto", "device", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
@@ -75,12 +84,18 @@ class Settings:
     fp16: bool = flag(False, "device", "short for --precision fp16")
     bf16: bool = flag(False, "device", "short for --precision bf16")
     loss_scale: float = flag(0.0, "device", "fp16: a fixed loss scale; 0: dynamic")
+    deterministic: bool = flag(False, "device", "only kernels that give the same bits each time (a CPU's do anyway)")
     fp16_opt_level: str = flag("O2", "device", "obsolete (apex); accepted and ignored")
     local_rank: int = flag(-1, "device", "which GPU; -1: the first")
 
     name: str | None = flag(None, "output", "of the run (default: DATASET-MODEL-SIZE)", type=str)
     output_dir: str = flag("output", "output", "the run's folder is OUTPUT_DIR/NAME")
     overwrite: bool = flag(False, "output", "replace a run of the same name")
+    resume: str | None = flag(None, "output", "continue output/NAME as if nothing had happened; auto: if it has a state "
+                              "(default: start)", type=str, metavar="FOLDER|auto")
+    save_every: int = flag(0, "output", "updates between savings of the state; 0: every 5 minutes. Evaluations and "
+                           "signals save, too")
+    dry_run: bool = flag(False, "output", "check everything, show the effective recipe, and stop")
     eval_every: int = flag(100, "output", "updates between evaluations; there is always one at the end")
     eval_batch_size: int = flag(64, "output", "images at a time in an evaluation")
     debug: bool = flag(False, "output", "show the traceback of an error")
@@ -90,7 +105,8 @@ class Settings:
         for name in ("num_steps", "train_batch_size", "gradient_accumulation_steps", "eval_every", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed",
+                     "save_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.in_chans is not None and self.in_chans < 1:
@@ -102,7 +118,8 @@ class Settings:
             raise ValueError(f"--seed is {self.seed}; it must be below 2^63.")
         if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name):
             raise ValueError(f"--name '{self.name}' would leave --output_dir; give a plain name.")
-        for name, low, high in (("val_fraction", 0, 1), ("min_area", 0, 1), ("dropout", 0, 1)):
+        for name, low, high in (("val_fraction", 0, 1), ("min_area", 0, 1), ("dropout", 0, 1),
+                                ("label_smoothing", 0, 1)):
             value = getattr(self, name)
             if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
                 raise ValueError(f"--{name} is {value}; it must lie between {low} and {high}.")
