@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 
 from utils.settings import Settings, parse, parser
@@ -83,5 +85,7 @@ def test_help_is_grouped_names_every_default_and_fits_two_screens():
     assert len(lines) <= 80 and max(map(len, lines)) <= 150
     assert [line[:-1] for line in lines if line.endswith(":") and " " not in line] == [
         "options", "data", "model", "training", "device", "output"]
-    switches = ("--no_flip", "--fp16 ", "--bf16", "--overwrite", "--debug", "--help")
-    assert all("(default: " in line for line in lines if "--" in line[:5] and not any(s in line for s in switches))
+    switches = {"-h,", *(f"--{f.name}" for f in fields(Settings) if f.default is False)}
+    flags = [line for line in lines if line.strip().startswith("-")]
+    assert len(flags) == len(fields(Settings)) + 1
+    assert all("(default: " in line for line in flags if line.split()[0] not in switches)
