@@ -13,6 +13,7 @@ RECIPES = {
     "vit-pytorch": {},  # the defaults below
     "paper": {"img_size": (384, 384)},  # Dosovitskiy et al. 2021, B.1.1, and vit_jax/configs/vit.py
 }
+METRICS = ("auto", "accuracy", "loss", "macro_f1", "map")
 PAPER_LR = {("ViT-B_16", "cifar10"): 0.01}  # vit_jax/configs/vit.py; 0.03 elsewhere
 
 
@@ -47,7 +48,7 @@ class Settings:
     min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
                                   type=float)
     no_flip: bool = flag(False, "data", "never mirror training images")
-    check_data: bool = flag(False, "data", "before the run look at every image: readable, too small, twice in two parts")
+    check_data: bool = flag(False, "data", "look at every image before the run: readable, not in two parts at once")
     skip_unreadable: bool = flag(False, "data", "leave unreadable images out instead of stopping; looks at every image")
     num_workers: int = flag(-1, "data", "processes that decode sets too large for memory; -1: one a core, at most 8")
 
@@ -74,8 +75,8 @@ class Settings:
     class_weights: str = flag("none", "training", "balanced: rare classes count as much as frequent ones",
                               choices=["none", "balanced"])
     label_smoothing: float = flag(0.0, "training", "share of each label that is spread over all classes")
-    metric: str = flag("auto", "training", "what makes an evaluation `best`; auto: accuracy, with several labels an "
-                       "image map", choices=["auto", "accuracy", "loss", "macro_f1", "map"])
+    metric: str = flag("auto", "training", "what `best` is chosen by: accuracy, loss, macro_f1, map; auto: accuracy, or "
+                       "map with several labels an image", choices=list(METRICS), metavar="METRIC")
     seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
 
     device: str = flag("auto", "device", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
@@ -91,7 +92,7 @@ class Settings:
     name: str | None = flag(None, "output", "of the run (default: DATASET-MODEL-SIZE)", type=str)
     output_dir: str = flag("output", "output", "the run's folder is OUTPUT_DIR/NAME")
     overwrite: bool = flag(False, "output", "replace a run of the same name")
-    resume: str | None = flag(None, "output", "continue output/NAME as if nothing had happened; auto: if it has a state "
+    resume: str | None = flag(None, "output", "continue a run as if nothing had happened; auto: where there is a state "
                               "(default: start)", type=str, metavar="FOLDER|auto")
     save_every: int = flag(0, "output", "updates between savings of the state; 0: every 5 minutes. Evaluations and "
                            "signals save, too")
