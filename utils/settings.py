@@ -75,8 +75,8 @@ class Settings:
     class_weights: str = flag("none", "training", "balanced: rare classes count as much as frequent ones",
                               choices=["none", "balanced"])
     label_smoothing: float = flag(0.0, "training", "share of each label that is spread over all classes")
-    metric: str = flag("auto", "training", "chooses `best`: accuracy, loss, macro_f1 or map; auto: accuracy, or map "
-                       "where images have several labels", choices=list(METRICS), metavar="METRIC")
+    metric: str = flag("auto", "training", "chooses `best`: accuracy, loss, macro_f1 or map; auto: accuracy, "
+                       "or map with multi-label", choices=list(METRICS), metavar="METRIC")
     seed: int = flag(42, "training", "decides data order, crops, dropout and the initial values")
 
     device: str = flag("auto", "device", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
