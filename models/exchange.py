@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ml_collections import FrozenConfigDict
+from torch import Tensor
 
 from models import huggingface, npz, published
 from models.configs import CONFIGS, get_config, replace
@@ -115,7 +116,7 @@ def config_of(file: Weights, asked: FrozenConfigDict | None = None, google: bool
     """The configuration of a file: from our record, else from the shapes and from the card beside it."""
     if file.record:
         try:
-            return replace(CONFIGS["ViT-B_16"], **_tuples(file.record["config"]))
+            return config_in(file.record)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file.path} was written by another version of this toolkit: {error.args[0]}.") from error
     found, channels = _found(file)
@@ -123,6 +124,11 @@ def config_of(file: Weights, asked: FrozenConfigDict | None = None, google: bool
     config = with_channels(named({**found, "num_heads": heads}), channels)
     config = replace(config, representation_size=classes_of(file.shapes, PRE_LOGITS[1]) or None)
     return config if google else replace(config, **_conventions(file, config))
+
+
+def config_in(record: dict) -> FrozenConfigDict:
+    """The configuration in a record of ours (`tensors.record`). KeyError, TypeError: it holds none, or another kind."""
+    return replace(CONFIGS["ViT-B_16"], **_tuples(record["config"]))
 
 
 def _tuples(value):
@@ -368,12 +374,14 @@ def _rows(model: VisionTransformer, file: Weights) -> list[Row]:
     return rows
 
 
-def save(model: VisionTransformer, path, metadata: dict, dtype: torch.dtype | None = None) -> None:
+def save(model: VisionTransformer, path, metadata: dict, dtype: torch.dtype | None = None,
+         weights: dict[str, Tensor] | None = None) -> None:
     """Writes our `.safetensors`: timm's names, and a header (key `vit`, JSON) that makes the file explain itself.
 
     The header is `record`: the model's config, img_size, grid and num_classes, and all of `metadata` (which
-    JSON must be able to hold). dtype: of the stored tensors, None keeps theirs. Atomic: the old file or the new one.
+    JSON must be able to hold). dtype: of the stored tensors, None keeps theirs. weights: other values than the model's
+    own, by the same names. Atomic: the old file or the new one.
     """
     tensors = {name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-               for name, value in model.state_dict().items()}
+               for name, value in (weights or model.state_dict()).items()}
     write(tensors, Path(path), record(model, metadata))

@@ -213,7 +213,9 @@ def write(tensors: dict[str, Tensor], path: Path, record: dict) -> None:
         try:
             save_file(tensors, temporary, metadata={"format": "pt", "vit": json.dumps(record)})
         except SafetensorError as error:  # its own class even for a full disk
-            raise OSError(f"{path} could not be written ({error}).") from error
+            failure = OSError(f"{path} could not be written ({error}).")
+            failure.errno = int((re.search(r"os error (\d+)", str(error)) or [0, 0])[1])
+            raise failure from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before the tensors do
         os.chmod(temporary, mode)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from utils import data
 from utils.batches import EvalBatches, TrainBatches, decoded_bytes, resident
+from utils.images import decode
 
 RNG = np.random.default_rng(0)
 RGB, RGBA, FIVE = (RNG.integers(0, 256, (12, 14, n), dtype=np.uint8) for n in (3, 4, 5))
@@ -21,7 +22,7 @@ def saved(path, image, channels, **options):
     """What `decode` makes of an array or image after it was saved, as (H, W, channels)."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(path, **options)
-    pixels = data.decode(path, channels)
+    pixels = decode(path, channels)
     assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
     return pixels.permute(1, 2, 0).numpy()
 
@@ -102,7 +103,7 @@ def test_palettes_with_transparency_and_grey_with_a_second_channel_are_read_as_t
     (FIVE, 5), (RGBA, 4), (RGB, 3), (RGB[..., 1], 1), (RGB[..., :1], 1), (np.asfortranarray(FIVE), 5)])
 def test_an_array_is_an_image_as_it_is(tmp_path, array, channels):
     np.save(tmp_path / "a.NPY.npy", array)
-    pixels = data.decode(tmp_path / "a.NPY.npy", channels)
+    pixels = decode(tmp_path / "a.NPY.npy", channels)
     assert pixels.is_contiguous() and np.array_equal(pixels.permute(1, 2, 0), array.reshape(12, 14, channels))
 
 
@@ -126,24 +127,25 @@ def picture(array, kind="PNG"):
     ("a.npy", npy(RGB[..., 0]), 3, r"holds \(12, 14\) uint8"),
     ("a.npy", npy(FIVE.transpose(2, 0, 1)), 5, r"holds \(5, 12, 14\) uint8"),
     ("a.npy", npy(FIVE.astype(np.float32)), 5, r"holds \(12, 14, 5\) float32"),
-    ("a.npy", npy(FIVE[:0]), 5, r"holds \(0, 14, 5\) uint8")])
+    ("a.npy", npy(FIVE[:0]), 5, r"holds \(0, 14, 5\) uint8"),
+    ("a.npy", npy(np.array([{}])), 5, r"holds \(1,\) object")])  # a pickle, which is never opened
 def test_other_channels_than_asked_for_are_named_beside_the_flag(tmp_path, name, content, channels, what):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} {what}, and --in_chans is {channels}: give the number that your "
                                          rf"images have, or store them as \.npy, \(H, W, {channels}\) uint8\.$"):
-        data.decode(tmp_path / name, channels)
+        decode(tmp_path / name, channels)
 
 
 @pytest.mark.parametrize("name, content, channels, reason", [
-    ("a.tif", b"bands", 13, "it is empty or of an unknown format"),
-    ("a.npy", npy(FIVE)[:200], 5, ".+"),  # NumPy's words for a part of a file
-    ("a.npy", npy(np.array([{}])), 5, "Object arrays cannot be loaded when allow_pickle=False"),
+    ("a.tif", b"bands", 13, "its content is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
+    ("a.npy", npy(FIVE)[:200], 5, "it is cut off: 72 of 840 bytes of pixels are there"),
+    ("a.npy", npy(FIVE)[:50], 5, ".+"),  # NumPy's words for a part of a header
     ("a.npy", pickle.dumps(FIVE), 5, "the magic string is not correct.*")])
 def test_what_is_no_image_is_refused_in_one_sentence(tmp_path, name, content, channels, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read as an image \({reason}\): replace or remove it, "
                                          rf"or store it as \.npy, \(H, W, {channels}\) uint8\.$") as error:
-        data.decode(tmp_path / name, channels)
+        decode(tmp_path / name, channels)
     assert "\n" not in str(error.value)
 
 

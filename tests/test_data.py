@@ -1,10 +1,8 @@
-"""Datasets and folders -> splits, and files -> pixels. All images are written here; nothing is downloaded."""
+"""Datasets and folders -> splits. All images are written here; nothing is downloaded."""
 
 import logging
 import pickle
 import urllib.error
-import warnings
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -24,171 +22,6 @@ def images(root, counts, suffix=".png"):
         for i in range(count):
             Image.fromarray(RGB).save(root / folder / f"{i}{suffix}")
     return str(root)
-
-
-def saved(path, image, **options):
-    """What `decode` makes of an array or image after it was saved, as (H, W, 3)."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(path, **options)
-    return decoded(path)
-
-
-def decoded(path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels = data.decode(path)
-    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
-    return pixels.permute(1, 2, 0).numpy()
-
-
-def grey(pixels):
-    assert (pixels == pixels[..., :1]).all()
-    return pixels[..., 0].tolist()
-
-
-# Decoding
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.bmp", "a.tif", "a.TIFF", "a.webp"])
-def test_lossless_formats_keep_every_pixel(tmp_path, name):
-    options = {"lossless": True} if name.endswith("webp") else {}
-    assert (saved(tmp_path / name, RGB, **options) == RGB).all()
-
-
-def test_jpeg_pixels_are_pillows(tmp_path):
-    pixels = saved(tmp_path / "a.jpg", RGB, quality=90)
-    assert (pixels == np.array(Image.open(tmp_path / "a.jpg"))).all()
-
-
-def test_a_gif_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    pixels = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert (pixels == (255, 0, 0)).all() and pixels.shape == (4, 4, 3)
-
-
-def test_greyscale_and_bilevel_become_three_equal_channels(tmp_path):
-    assert grey(saved(tmp_path / "grey.png", np.array([[0, 7, 255]], np.uint8))) == [[0, 7, 255]]
-    assert grey(saved(tmp_path / "bits.png", Image.fromarray(np.array([[True, False]])))) == [[255, 0]]
-
-
-def test_a_palette_gives_its_colours(tmp_path):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    assert saved(tmp_path / "a.png", image).tolist() == [[[10, 20, 30], [200, 100, 50]]]
-
-
-def test_transparency_is_laid_on_white(tmp_path):
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
-    palette.putpalette([10, 20, 30, 200, 100, 50])
-    pixels = saved(tmp_path / "p.png", palette, transparency=bytes([0, 255]))
-    assert pixels.tolist() == [[[255, 255, 255], [200, 100, 50]]]
-    rgba = np.array([[[0, 0, 0, 0], [9, 8, 7, 255], [0, 0, 0, 128]]], np.uint8)
-    pixels = saved(tmp_path / "rgba.png", rgba)
-    assert pixels.tolist() == [[[255, 255, 255], [9, 8, 7], [127, 127, 127]]]
-    bands = [Image.fromarray(np.array([values], np.uint8)) for values in ([0, 9], [0, 255])]
-    assert grey(saved(tmp_path / "la.png", Image.merge("LA", bands))) == [[255, 9]]
-    assert grey(saved(tmp_path / "key.png", np.array([[0, 9]], np.uint8), transparency=0)) == [[255, 9]]
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bit_grey_keeps_its_brightness(tmp_path, name):
-    values = np.array([[0, 256, 257 * 7, 32768, 65535]], np.uint16)
-    assert grey(saved(tmp_path / name, values)) == [[0, 1, 7, 128, 255]]
-
-
-def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
-    assert grey(saved(tmp_path / "a.png", np.array([[0, 255]], np.uint16))) == [[0, 1]]
-
-
-def test_big_endian_and_inverted_sixteen_bit_tiffs_keep_their_brightness(tmp_path):
-    big = Image.frombytes("I;16B", (3, 1), np.array([0, 257, 65535], ">u2").tobytes())
-    assert grey(saved(tmp_path / "big.tif", big)) == [[0, 1, 255]]
-    inverted = np.array([[0, 257, 65535]], np.uint16)
-    assert grey(saved(tmp_path / "inverted.tif", inverted, tiffinfo={262: 0})) == [[255, 254, 0]]
-
-
-def test_whole_numbers_of_32_bits_are_read_as_16_bits_if_they_fit(tmp_path):
-    assert grey(saved(tmp_path / "a.tif", np.array([[-5, 257, 65535]], np.int32))) == [[0, 1, 255]]
-    assert grey(saved(tmp_path / "b.tif", np.array([[0, 65536, 131072]], np.int32))) == [[0, 128, 255]]
-
-
-def test_floats_are_scaled_by_the_white_they_imply(tmp_path):
-    for white in (1, 255, 65535):
-        values = np.array([[0, 0.2, 1]], np.float32) * white
-        assert grey(saved(tmp_path / f"{white}.tif", values)) == [[0, 51, 255]]
-    odd = np.array([[np.nan, -1, np.inf, 1]], np.float32)
-    assert grey(saved(tmp_path / "odd.tif", odd)) == [[0, 0, 0, 255]]
-
-
-def test_cmyk_jpegs_keep_their_brightness(tmp_path):
-    bright = Image.new("RGB", (8, 8), (200, 30, 90)).convert("CMYK")
-    pixels = saved(tmp_path / "a.jpg", bright, quality=95)  # Pillow writes Adobe's inverted form
-    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
-    assert abs(pixels.astype(int) - (200, 30, 90)).max() <= 2
-
-
-@pytest.mark.parametrize("orientation, turn", [
-    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)),
-    (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)), (8, np.rot90)])
-def test_exif_orientation_is_honoured(tmp_path, orientation, turn):
-    exif = Image.Exif()
-    exif[274] = orientation
-    assert np.array_equal(saved(tmp_path / "a.png", RGB, exif=exif), turn(RGB))
-    assert np.array_equal(saved(tmp_path / "a.tif", RGB, tiffinfo={274: orientation}), turn(RGB))
-    plain = saved(tmp_path / "plain.jpg", RGB)
-    assert np.array_equal(saved(tmp_path / "a.jpg", RGB, exif=exif), turn(plain))
-
-
-def test_broken_exif_does_not_cost_a_sound_image(tmp_path):
-    assert (saved(tmp_path / "a.png", RGB, exif=b"Exif\0\0garbage of a camera") == RGB).all()
-
-
-def png(array):
-    file = BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image, " * 40, png(RGB)[:60], png(RGB)[:20]])
-def test_an_unreadable_file_is_named_in_one_sentence(tmp_path, content):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        decoded(path)
-    assert str(error.value).startswith(f"{path} cannot be read as an image (")
-    assert str(error.value).endswith("): replace or remove it.") and "\n" not in str(error.value)
-
-
-def test_a_truncated_jpeg_is_an_error_not_half_grey(tmp_path):
-    path = tmp_path / "a.jpg"
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
-        data.decode(path)
-
-
-def test_a_decompression_bomb_is_an_error_and_a_large_image_no_warning(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    path.write_bytes(png(RGB))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow warns above this, refuses twice this
-    assert (decoded(path) == RGB).all()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image .*54 pixels"):
-        data.decode(path)
-
-
-@pytest.mark.parametrize("workers", [None, 1, 3])
-def test_decode_all_keeps_the_order_and_names_the_broken_file(tmp_path, workers):
-    paths = [tmp_path / f"{i}.png" for i in range(20)]
-    for i, path in enumerate(paths):
-        Image.new("RGB", (i + 1, 2), (i, 0, 0)).save(path)
-    decoded = data.decode_all(paths, workers)
-    assert [(*image.shape, int(image[0].max())) for image in decoded] == [(3, 2, i + 1, i) for i in range(20)]
-    paths[7].write_bytes(b"")
-    with pytest.raises(ValueError, match=r"7\.png cannot be read"):
-        data.decode_all(paths, workers)
-    assert data.decode_all([], workers) == []
 
 
 # Folders
@@ -319,6 +152,85 @@ def test_a_subset_keeps_the_given_order_for_tensors_and_for_files(tmp_path):
     files = data.Split([tmp_path / name for name in "xyz"], labels, classes).subset(torch.tensor([2, 0]))
     assert pixels.images.flatten().tolist() == pixels.labels.tolist() == [2, 0]
     assert [path.name for path in files.images] == ["z", "x"] and files.classes == classes and len(files) == 2
+
+
+def test_several_labels_are_stratified_by_the_rarest_of_each_image():
+    """Rare classes within 2 images of their share; chance alone is off by 3 or more of 50 in a third of draws."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(1000, 4, generator=generator) < torch.tensor([0.6, 0.3, 0.1, 0.05])).float()
+    kept, held = data.stratified(labels, 0.2, seed=5)
+    assert torch.cat([kept, held]).sort().values.tolist() == list(range(1000)) and abs(len(held) - 200) <= 2
+    for part in (kept, held):
+        assert part.tolist() == sorted(part.tolist())
+    rare = labels[:, 2:].sum(dim=0)
+    assert (labels[held][:, 2:].sum(dim=0) - 0.2 * rare).abs().max() <= 2
+    assert (labels[held].mean(dim=0) - labels.mean(dim=0)).abs().max() < 0.05
+    assert torch.equal(held, data.stratified(labels, 0.2, seed=5)[1])
+    assert not torch.equal(held, data.stratified(labels, 0.2, seed=6)[1])
+
+
+def test_each_of_several_labels_keeps_an_image_in_train():
+    """The third class has two images, each of which a rarer or equally rare class may hold out."""
+    labels = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]).float()
+    both = 0
+    for seed in range(60):
+        kept, held = data.stratified(labels, 0.5, seed)
+        assert labels[kept].any(dim=0).all() and 2 <= len(held) <= 3
+        assert torch.cat([kept, held]).sort().values.tolist() == list(range(6))
+        both += len(held) == 2
+    assert 5 < both < 30  # one draw in four
+
+
+def fingerprint_of(root, **options):
+    return data.load(str(root), **options).fingerprint()
+
+
+def test_the_fingerprint_is_that_of_the_data_wherever_it_lies(tmp_path, monkeypatch):
+    pets = images(tmp_path / "pets", {"train/a": 3, "train/b": 2, "test/a": 1})
+    first = fingerprint_of(pets)
+    assert len(first) == 64 and int(first, 16) and first == fingerprint_of(pets)
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    assert fingerprint_of(tmp_path / "moved") == first
+    monkeypatch.chdir(tmp_path / "moved")
+    assert fingerprint_of(".") == first
+    assert fingerprint_of(".", val_fraction=0.5) != first
+
+
+@pytest.mark.parametrize("change", [
+    lambda root: (root / "train/a/0.png").unlink(),
+    lambda root: (root / "train/a/0.png").rename(root / "train/a/9.png"),
+    lambda root: (root / "train/a/0.png").rename(root / "train/b/0.png"),
+    lambda root: (root / "train/a").rename(root / "train/c"),
+    lambda root: (root / "test").rename(root / "val"),
+    lambda root: (root / "train/a/0.png").write_bytes((root / "train/a/0.png").read_bytes() + b"x"),
+    lambda root: (root / "test/b/7.png").write_bytes((root / "test/b/0.png").read_bytes())])
+def test_another_image_name_label_size_or_part_is_another_fingerprint(tmp_path, change):
+    root = images(tmp_path, {"train/a": 2, "train/b": 1, "test/b": 1})
+    Image.fromarray(RGB).save(tmp_path / "train/b/5.png")
+    first = fingerprint_of(root)
+    change(tmp_path)
+    assert fingerprint_of(root) != first
+
+
+def test_the_fingerprint_sees_pixels_in_memory_and_the_labels_of_a_file(tmp_path):
+    pixels, labels = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    other = pixels.clone()
+    other[3, 2, 1, 1] = 1
+
+    def of(pixels, labels, classes=("a", "b")):
+        split = data.Split(pixels, labels, classes)
+        return data.Data("x", split, None, split, data.View(), "test").fingerprint()
+    found = [of(pixels, labels), of(other, labels), of(pixels, labels.flip(0)), of(pixels, labels, ("a", "c")),
+             of(pixels.view(4, 3, 4, 1), labels), of(pixels, torch.eye(2)[labels])]
+    assert len(set(found)) == 6 and of(pixels.clone(), labels.clone()) == found[0]
+
+    root = images(tmp_path, {"": 4})
+    found = []
+    for words in ("aabb", "abab", "bbaa"):
+        text = "image,label\n" + "".join(f"{i}.png,{word}\n" for i, word in enumerate(words))
+        (tmp_path / "labels.csv").write_text(text)
+        found.append(fingerprint_of(root, labels=str(tmp_path / "labels.csv")))
+    assert len(set(found)) == 3
 
 
 # Named sets

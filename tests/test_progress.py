@@ -6,6 +6,8 @@ from utils.step import StepResult
 
 
 class Recorder:
+    writes = True
+
     def __init__(self):
         self.lines = []
 
@@ -14,7 +16,7 @@ class Recorder:
 
 
 def result(loss=1.0, finite=1.0, scale=1.0):
-    return StepResult(*(torch.tensor(v) for v in (loss, 0.5, 2.0, finite, scale)))
+    return StepResult(*(torch.tensor(v) for v in (loss, 0.5, 2.0, finite, scale, 0.3)))
 
 
 def follow(results, scaled=False):
@@ -31,7 +33,27 @@ def test_every_update_is_logged_once_with_its_own_numbers():
     assert [step for step, _ in run.lines] == list(range(1, 13))
     assert [values["train_loss"] for _, values in run.lines] == list(range(12))
     assert run.lines[3][1]["train_lr"] == pytest.approx(0.4)
-    assert [step for step, values in run.lines if "train_images_per_second" in values] == [10, 12]
+    assert [step for step, values in run.lines if "train_images_per_second" in values] == [10]
+
+
+def test_a_run_that_goes_on_logs_the_same_lines_wherever_it_was_flushed():
+    """Only the speed has no value yet where its line falls on the first step."""
+    whole, parts = Recorder(), Recorder()
+    one = Progress(whole, 20, 8, scaled=True)
+    other = Progress(parts, 20, 8, scaled=True)
+    for step in range(1, 21):
+        overflow = result(finite=0.0 if step % 6 == 0 else 1.0, scale=2.0**16)
+        one.add(step, 0.1, overflow)
+        other.add(step, 0.1, overflow)
+        if step in (3, 9, 10, 14):
+            other.flush()
+            state, other = other.state_dict(), Progress(parts, 20, 8, scaled=True, start=step)
+            other.load_state_dict(state)
+    one.flush()
+    other.flush()
+    assert [(step, list(values)) for step, values in whole.lines] == [(s, list(v)) for s, v in parts.lines]
+    assert one.skipped == other.skipped == 3
+    assert other.start == 14 and other.done == 20
 
 
 def test_the_speed_is_known_also_when_every_step_is_evaluated():

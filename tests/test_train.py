@@ -21,6 +21,7 @@ from tests.conftest import randomise
 from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
 from tests.test_exchange import vit_pytorch_names
 from utils import data
+from utils.images import decode_all
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_the_output_loads_back_with_the_run_s_own_accuracy(start, image_folder):
         assert about["classes"] == ["blue", "green", "red"] and about["finetuned_from"]["name"] == "tiny.npz"
         assert len(about["finetuned_from"]["sha256"]) == 64 and about["settings"]["learning_rate"] == 0.1
         test = data.load(str(image_folder)).test
-        images = (torch.stack(data.decode_all(test.images)) - 127.5) / 127.5
+        images = (torch.stack(decode_all(test.images)) - 127.5) / 127.5
         with torch.no_grad():
             logits = model(images)
         accuracy = (logits.argmax(1) == test.labels).float().mean().item()

@@ -4,6 +4,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.augment import Taps, box_taps, random_boxes, shrink, stack, view, whole_boxes
-from utils.data import ARRAY, Split, View, decode, decode_all
+from utils.data import Split, View
+from utils.images import ARRAY, decode, decode_all
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Looks(NamedTuple):
     pixels: Tensor          # uint8 (n, C, h, w), or the indices (n,) of resident images
     rows: Taps | Tensor     # taps (n, S_h), or boxes (n, 4)
     columns: Taps | Tensor  # taps (n, S_w), or flips (n,)
-    labels: Tensor          # (n,)
+    labels: Tensor          # (n,), with several labels an image (n, C)
+    broken: tuple[str, ...] = ()  # what is wrong with images that were skipped, a sentence each
 
 
 class Batches:
@@ -43,6 +46,8 @@ class Batches:
     Images that lie in memory are looked at by a thread, one batch ahead; files are decoded by `workers` processes.
     mean, std: one value for each of the C channels, on the scale 0 to 1; ValueError where there are more or fewer.
     """
+
+    skip_broken = False
 
     def __init__(self, split: Split, *, size: tuple[int, int], batch_size: int, mean, std, device, workers: int = 0):
         self.split, self.size, self.batch_size = split, size, batch_size
@@ -80,17 +85,33 @@ class Batches:
         if isinstance(images, Tensor):
             boxes, flips = self.boxes(k, part, np.tile(images.shape[2:], (len(indices), 1)))
             return Looks(torch.from_numpy(indices), torch.from_numpy(boxes), torch.from_numpy(flips), labels)
-        images = [images[i] if isinstance(images[i], Tensor) else decode(images[i], self.split.channels)
-                  for i in indices]
+        images, broken = self._decoded(indices)
+        labels[list(broken)] = -1  # a copy of the split's
         boxes, flips = self.boxes(k, part, np.array([image.shape[1:] for image in images]))
         rows, columns = box_taps(torch.from_numpy(boxes), torch.from_numpy(flips), self.size)
         small = [shrink(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
-        return Looks(*stack(*map(list, zip(*small))), labels)
+        return Looks(*stack(*map(list, zip(*small))), labels, tuple(broken.values()))
+
+    def _decoded(self, indices: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
+        """Images that are a list, decoded; where broken ones are skipped, a black pixel each, and {place: reason}."""
+        images, broken = [self.split.images[i] for i in indices], {}
+        for place, image in enumerate(images):
+            if isinstance(image, Tensor):
+                continue
+            try:
+                images[place] = decode(image, self.split.channels)
+            except ValueError as error:
+                if not self.skip_broken:
+                    raise
+                images[place], broken[place] = torch.zeros(self.split.channels, 1, 1, dtype=torch.uint8), str(error)
+        return images, broken
 
     def on_device(self, parts: list[Looks]) -> tuple[Tensor, Tensor]:
         """The parts of one batch -> images and labels; nothing here waits for the device."""
         views = []
-        for pixels, rows, columns, _ in parts:
+        for pixels, rows, columns, _, broken in parts:
+            for reason in broken:  # said here, as worker processes have no log of their own
+                log.warning("Skipped: %s", reason)
             if isinstance(rows, Taps):
                 pixels = self._send(pixels)
                 rows, columns = (Taps(*map(self._send, axis)) for axis in (rows, columns))
@@ -132,7 +153,8 @@ class Batches:
 
     def _stream_from_processes(self, numbers: range) -> Iterator[list[Looks]]:
         loader = iter(DataLoader(_Parts(self), batch_size=None, sampler=_Numbers(self, numbers),
-                                 num_workers=self.workers, pin_memory=self.device.type == "cuda"))
+                                 num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                                 worker_init_fn=_ignore_signals))
         try:
             for k in numbers:
                 yield [Looks(*next(loader)) for _ in self.parts(k)]
@@ -143,6 +165,15 @@ class Batches:
                 raise
             raise OSError("A process that decodes images died, most often for lack of memory or of shared memory "
                           "(/dev/shm). Try fewer --num_workers; in Docker a larger --shm-size.") from error
+        finally:  # an error's traceback keeps the loader, and its workers ignore the signal by which Python ends them
+            loader._shutdown_workers()
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to all processes of the run (Ctrl-C) is for the one that trains: it has a step to end and a state to
+    save, and ends the workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Parts(Dataset):
@@ -169,16 +200,20 @@ class TrainBatches(Batches):
     """The endless training stream: batch k is positions kB to (k+1)B - 1 of all epochs' permutations, one after the
     other, so every batch is full and no image is favoured."""
 
-    def __init__(self, split: Split, *, seed: int, training_view: View, **kwargs):
+    def __init__(self, split: Split, *, seed: int, training_view: View, rank: int = 0, processes: int = 1, **kwargs):
         super().__init__(split, **kwargs)
+        if self.batch_size % processes:
+            raise ValueError(f"A batch of {self.batch_size} images cannot be split over {processes} processes.")
         self.seed, self.training_view = seed, training_view
+        mine = self.batch_size // processes
+        self.share = slice(rank * mine, (rank + 1) * mine)  # of each batch, which is drawn whole in every process
         self._permutation = (-1, None)  # the last one, to draw it once an epoch
 
     def count(self, k: int) -> int:
-        return self.batch_size
+        return self.share.stop - self.share.start
 
     def indices(self, k: int) -> np.ndarray:
-        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
+        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.share]
         epochs, places = np.divmod(positions, len(self.split))
         return np.concatenate([self.permutation(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
@@ -191,18 +226,22 @@ class TrainBatches(Batches):
 
     def boxes(self, k: int, part: slice, sizes: np.ndarray):
         def draw(attempt):  # for the whole batch, so that no part or size changes another image's numbers
-            return generator(self.seed, BOX, k, attempt).random((4, self.batch_size))[:, part]
-        flips = generator(self.seed, FLIP, k).random(self.batch_size)[part] > 0.5
+            return generator(self.seed, BOX, k, attempt).random((4, self.batch_size))[:, self.share][:, part]
+        flips = generator(self.seed, FLIP, k).random(self.batch_size)[self.share][part] > 0.5
         boxes = random_boxes(draw, sizes[:, 0], sizes[:, 1], self.training_view.min_area)
         return boxes, flips & self.training_view.flip
 
 
 class EvalBatches(Batches):
-    """Each image once, in order, squashed to the square; the last batch is as small as it comes."""
+    """Each image once, in order, squashed to the square; the last batch is as small as it comes.
 
-    def __init__(self, split: Split, *, name: str = "test", **kwargs):
+    skip_broken: an image that cannot be read is said and comes as a black one whose label (each of its labels) is -1,
+    instead of a ValueError.
+    """
+
+    def __init__(self, split: Split, *, name: str = "test", skip_broken: bool = False, **kwargs):
         super().__init__(split, **kwargs)
-        self.name = name  # under which its metrics are logged
+        self.name, self.skip_broken = name, skip_broken  # the name is that under which its metrics are logged
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)

@@ -1,33 +1,29 @@
 """A named set or a folder of images -> `Data`: labelled splits, and how a training image is looked at."""
 
 import difflib
+import hashlib
+import json
 import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+
+from utils.images import SUFFIXES, suffix_of
+from utils.labels import PARTS, read_labels
 
 log = logging.getLogger(__name__)
 
-ARRAY = ".npy"  # an image as it is, of any number of channels
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ARRAY}
 NOTES = {".txt", ".csv", ".tsv", ".json", ".md", ".db", ".ini"}  # usual beside images: no word
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 LAYOUT = "DIR/train/CLASS/*.jpg with DIR/test/CLASS/* or DIR/val/CLASS/* beside it, or DIR/CLASS/*.jpg"
 HELD_OUT = 0.2  # the share of train that becomes the test part where a folder has none
 DIGITS_SEED = 0  # the test part of digits is the same in every run
-STORED = {2: "LA", 4: "RGBA"}  # channels that are no colour: the modes of Pillow that hold so many, taken as they are
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,16 @@ class Split:
     """N labelled images, decoded or still files."""
 
     images: Tensor | list[Path]  # (N, channels, H, W) uint8, or the files, still to be decoded
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, or (N, C) float32 of 0 and 1 where an image may have several
     classes: tuple[str, ...]
     channels: int = 3  # that files are decoded to
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        return self.labels.ndim == 2
 
     def subset(self, indices) -> "Split":
         """The images at these positions, in this order."""
@@ -67,6 +67,26 @@ class Data:
     view: View
     test_name: str  # what the scored part is, in words for the log
 
+    def fingerprint(self) -> str:
+        """sha256 (hex) over classes, parts, labels and images: equal for the same data in another folder.
+
+        Images in memory count with their bytes, files with their size and their name below the folder that all have in
+        common: quick, but a file that changed at the same size goes unnoticed.
+        """
+        parts = {name: split for name in ("train", "val", "test") if (split := getattr(self, name)) is not None}
+        files = {name: [os.path.abspath(file) for file in split.images] for name, split in parts.items()
+                 if not isinstance(split.images, Tensor)}
+        start = len(os.path.commonpath([file for part in files.values() for file in part])) if files else 0
+        digest = hashlib.sha256()
+        for name, split in parts.items():
+            images = split.images
+            below = [(file[start:].replace(os.sep, "/"), os.path.getsize(file)) for file in files.get(name, ())]
+            about = [name, split.classes, split.labels.shape, below or [str(images.dtype), images.shape]]
+            digest.update(json.dumps(about).encode())
+            for tensor in [split.labels] if below else [split.labels, images]:
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class NamedSet:
@@ -75,17 +95,20 @@ class NamedSet:
     test_name: str
 
 
-def load(dataset: str, *, data_dir: str = "data", val_fraction: float = 0.0, seed: int = 42,
-         in_chans: int = 3) -> Data:
+def load(dataset: str, *, data_dir: str = "data", labels: str | None = None, val_fraction: float = 0.0,
+         seed: int = 42, in_chans: int = 3) -> Data:
     """Reads a named set (`NAMED`) or a folder; files are listed, not decoded.
 
+    labels: a CSV (`read_labels`) of images in the folder; None: its folders are the classes.
     `val_fraction` of train (seeded, stratified) becomes the validation part, unless the folder has both
     val/ and test/. Images have `in_chans` channels: 3 are RGB, 1 is grey, others must be stored so (`decode`).
     ValueError or OSError: a sentence on what was found and expected.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction:g}: the share of train to hold out is 0 to below 1.")
-    if dataset in NAMED:
+    if labels is not None:
+        data = _labelled(dataset, Path(labels), seed, in_chans)
+    elif dataset in NAMED:
         if in_chans not in (1, 3):
             raise ValueError(f"--in_chans is {in_chans}; {dataset} comes with 3 channels, or with 1 as grey images.")
         named = NAMED[dataset]
@@ -113,8 +136,11 @@ def load(dataset: str, *, data_dir: str = "data", val_fraction: float = 0.0, see
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Labels (N,) -> positions kept and held out, each sorted; about `fraction` of every class is held out.
 
-    A class of two images or more keeps at least one on each side; a single image is kept.
+    A class of two images or more keeps at least one on each side; a single image is kept. Labels (N, C) of 0 and 1:
+    an image belongs to its rarest class, as chance is unfair to small numbers only; each class keeps one at least.
     """
+    if labels.ndim == 2:
+        return _keep_each(labels, *stratified(_rarest(labels), fraction, seed))
     if not 0 < fraction < 1:
         raise ValueError(f"The share to hold out is {fraction:g}: expected more than 0 and less than 1.")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -124,6 +150,21 @@ def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
     wanted = (counts * fraction).round().long().clamp(min=1)
     held = rank < torch.minimum(wanted, counts - 1)[labels[order]]
     return order[~held].sort().values, order[held].sort().values
+
+
+def _rarest(labels: Tensor) -> Tensor:
+    """(N, C) of 0 and 1 -> (N,): each image's class with the fewest images; C for an image without a class."""
+    order = labels.sum(dim=0).argsort(stable=True)
+    return order[labels[:, order].argmax(dim=1)].where(labels.any(dim=1), labels.shape[1])
+
+
+def _keep_each(labels: Tensor, kept: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes back an image of each class (N, C) whose few images were all held out, with classes rarer than it."""
+    for label in (labels[kept].sum(dim=0) == 0).nonzero().flatten():
+        back = held[labels[held, label] > 0][:1]
+        if len(back) and not labels[kept, label].any():  # an image that came back may have brought it
+            kept, held = torch.cat([kept, back]).sort().values, held[held != back]
+    return kept, held
 
 
 def _cifar(data_dir: Path, name: str) -> tuple[Split, Split]:
@@ -185,14 +226,40 @@ def _folder(dataset: str, seed: int, channels: int) -> Data:
                          f"images): training needs two or more. Expected {LAYOUT}.")
     scored = parts.get("test", parts.get("val"))
     if scored is None:
-        kept, held = stratified(train.labels, HELD_OUT, seed)
-        if not len(held):
-            raise ValueError(f"{root} has no test part and one image in each class, so none can be held out.")
-        log.info("%s has neither test/ nor val/: %d of %d images (20 %%, stratified, seed %d) are held out "
-                 "as its test part.", root, len(held), len(train), seed)
-        return Data(name, train.subset(kept), None, train.subset(held), View(), "held-out 20 % of train")
+        return _held_out(name, f"{root} has neither test/ nor val/", train, seed)
     val = _scan(parts["val"], channels, train.classes) if {"val", "test"} <= parts.keys() else None
     return Data(name, train, val, _scan(scored, channels, train.classes), View(), f"{scored.name}/")
+
+
+def _labelled(dataset: str, file: Path, seed: int, channels: int) -> Data:
+    """The images of a folder that `file` lists, with its labels and parts."""
+    if dataset in NAMED:
+        raise ValueError(f"--labels {file} is for images in a folder, but {dataset} is a named set with labels of its "
+                         "own: give the images' folder as --dataset.")
+    root = Path(dataset)
+    if not root.is_dir():
+        _refuse(dataset)
+    table = read_labels(file, root)
+    parts = {part: Split(files, labels, table.classes, channels) for part, (files, labels) in table.parts.items()}
+    name, train = root.resolve().name, parts["train"]
+    if train.multi_label:
+        log.info("%s: images have several labels or none (%.3g on average of %d), so each class is a yes or no.",
+                 file, train.labels.sum(dim=1).mean(), len(train.classes))
+    scored = "test" if "test" in parts else "val"
+    if scored not in parts:
+        return _held_out(name, f"{file} has rows of neither test nor val", train, seed)
+    val = parts["val"] if len(parts) == 3 else None
+    return Data(name, train, val, parts[scored], View(), f"{scored} in {file.name}")
+
+
+def _held_out(name: str, found: str, train: Split, seed: int) -> Data:
+    """A fifth of train becomes the part to score, as there is none; `found` says so."""
+    kept, held = stratified(train.labels, HELD_OUT, seed)
+    if not len(held):
+        raise ValueError(f"{found}: with no test part and one image in each class none can be held out.")
+    log.info("%s: %d of %d images (20 %%, stratified, seed %d) are held out as its test part.",
+             found, len(held), len(train), seed)
+    return Data(name, train.subset(kept), None, train.subset(held), View(), "held-out 20 % of train")
 
 
 def _refuse(dataset: str) -> None:
@@ -231,7 +298,7 @@ def _scan(root: Path, channels: int, classes: tuple[str, ...] | None = None) -> 
     """ROOT/CLASS/**/* -> sorted files, labelled by the place of CLASS in `classes` (None: those found)."""
     skipped = Counter()
     found = {name: _images(root / name, skipped) for name in _folders(root)}
-    loose = sum(_suffix(entry.name) in SUFFIXES for entry in os.scandir(root))
+    loose = sum(suffix_of(entry.name) in SUFFIXES for entry in os.scandir(root))
     if not found:
         raise ValueError(f"{root} holds {loose} images and no class folders. Expected {LAYOUT}.")
     if unknown := sorted(found.keys() - set(classes or found)):
@@ -265,121 +332,12 @@ def _images(folder: Path, skipped: Counter) -> list[str]:
                 continue
             if entry.is_dir():
                 todo.append(f"{prefix}{entry.name}/")
-            elif (suffix := _suffix(entry.name)) in SUFFIXES:
+            elif (suffix := suffix_of(entry.name)) in SUFFIXES:
                 files.append(prefix + entry.name)
             elif suffix not in NOTES:
                 skipped[suffix] += 1
     return sorted(files)
 
 
-def _suffix(name: str | Path) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
 def _some(names, most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def decode(path, channels: int = 3) -> Tensor:
-    """File -> (channels, H, W) uint8, turned upright. ValueError: not a readable image, or of other channels.
-
-    3 channels are RGB, 1 is its luminance (ITU-R 601). Others are never made, only read: 4 from RGBA with its
-    fourth channel as it is (it may be near infrared), 2 from LA. A .npy has its channels whatever their number.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _decode(path, channels)
-
-
-def decode_all(paths, workers: int | None = None, channels: int = 3) -> list[Tensor]:
-    """Files -> (channels, H, W) uint8 each, in their order. ValueError: names the first unreadable file."""
-    paths = list(paths)
-    if workers is None:
-        # Pillow decodes outside of Python's lock but opens inside it: threads slow thumbnails down
-        sizes = [os.path.getsize(path) for path in paths[::len(paths) // 100 + 1] if os.path.exists(path)]
-        workers = (os.cpu_count() or 1) if sum(sizes) > 6000 * len(sizes) else 1
-    bar = {"total": len(paths), "desc": "decoding", "unit": " images", "delay": 2, "disable": None}
-    with warnings.catch_warnings():  # here and not in the threads, which share one list of filters
-        warnings.simplefilter("ignore")
-        if workers <= 1:
-            return [_decode(path, channels) for path in tqdm(paths, **bar)]
-        with ThreadPoolExecutor(workers) as pool:
-            return list(tqdm(pool.map(partial(_decode, channels=channels), paths), **bar))
-
-
-def _decode(path, channels: int) -> Tensor:
-    is_array = _suffix(path) == ARRAY
-    try:
-        # Pillow (to 13.0 at least) scrambles turned TIFFs that it opens by name, not those from an open file.
-        with open(path, "rb") as file:
-            pixels = _array(file, channels) if is_array else _picture(file, channels)  # (H, W, channels)
-    except OtherChannels as error:
-        raise ValueError(f"{path} {error}, and --in_chans is {channels}: give the number that your images have, or "
-                         f"store them as .npy, (H, W, {channels}) uint8.") from error
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "it is empty or of an unknown format" if unknown else str(error) or type(error).__name__
-        advice = "replace or remove it"
-        if is_array or channels not in (1, 3):  # also what helps with a TIFF of many bands, which Pillow cannot read
-            advice += f", or store it as .npy, (H, W, {channels}) uint8"
-        raise ValueError(f"{path} cannot be read as an image ({reason}): {advice}.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-class OtherChannels(ValueError):
-    """A sound image whose channels are not those of the model."""
-
-
-def _array(file, channels: int) -> np.ndarray:
-    """An open .npy of (H, W, channels) uint8, or (H, W) for one channel. ValueError: it holds anything else."""
-    array = np.lib.format.read_array(file, allow_pickle=False)  # np.load would also open archives
-    pixels = array[..., None] if array.ndim == 2 else array
-    if array.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
-        raise OtherChannels(f"holds {array.shape} {array.dtype}")
-    return pixels
-
-
-def _picture(file, channels: int) -> np.ndarray:
-    """An open image of a format that Pillow knows -> (H, W, channels) uint8, turned upright."""
-    with Image.open(file) as image:
-        image.load()
-        with suppress(Exception):  # broken EXIF in a sound image: it stays as it lies
-            ImageOps.exif_transpose(image, in_place=True)
-        if channels == 3:
-            return np.array(_rgb(image))
-        if channels == 1:
-            return np.array(_rgb(image).convert("L"))[..., None]  # grey comes back as it was
-        if image.mode == "P" and image.has_transparency_data:
-            image = image.convert("RGBA")
-        mode = STORED.get(channels)
-        if image.mode != mode:
-            raise OtherChannels(f"has the channels {', '.join(image.getbands())}")
-        return np.array(image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB of the same brightness."""
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        # on white, as a page shows it: the colours under transparent pixels are arbitrary, often black
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deep grey (modes I;16*, I, F) -> L, scaled by its white; `Image.convert` would clip at 255 instead.
-
-    White is 2^bits - 1 for up to 16 bits. Wider files do not say what theirs is: 65535 for integers, for
-    floats the first of 1, 255, 65535 that no value exceeds; beyond 65535 the largest value.
-    """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0)
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))[0]
-    whites = (1, 255, 65535) if image.mode == "F" else (2**min(bits, 16) - 1,)
-    white = next((white for white in whites if values.max() <= white), values.max())
-    values = (values / white).clip(0, 1)
-    if tags.get(262) == 0:  # TIFF's WhiteIsZero, which Pillow honours for 8 bits only
-        values = 1 - values
-    return Image.fromarray((values * 255).round().astype(np.uint8))

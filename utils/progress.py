@@ -1,14 +1,16 @@
-"""What a person sees: the summary before, then step results read a few steps late, the bar, the speed."""
+"""What a person sees of a run: step results read a few steps late, the bar, the speed."""
 
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from models.fill import native_size
+from utils.diagnosis import Diagnosis
 from utils.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -17,61 +19,48 @@ PATIENCE = 25  # overflows in a row under a loss scale after which it is no long
 LATE = 4  # steps between an update and the reading of its numbers: the device never waits for the reader
 
 
-def summarise(settings, dataset, model, origin, device, precision, folder) -> None:
-    """What is about to happen, and what of it looks unwise."""
-    s, images = settings, len(dataset.train)
-    parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
-    held = f", {len(dataset.val):,} val" if dataset.val else ""
-    for what, text in {
-        "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                 f"{model.img_size[0]} x {model.img_size[1]} px, {model.config.in_chans} channels, "
-                 f"dropout {model.config.dropout_rate:g}",
-        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
-        "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
-                f"{len(dataset.train.classes)} classes",
-        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
-                 f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
-        "recipe": f"{s.optimizer}{', bfloat16 momentum' * (s.momentum_dtype == 'bfloat16')}, LR {s.learning_rate:g} "
-                  f"after {s.warmup_steps} steps of warm-up, {s.decay_type}, clip {s.max_grad_norm:g}, "
-                  f"weight decay {s.weight_decay:g}, seed {s.seed}",
-        "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
-                  f"{str(precision).removeprefix('torch.')}",
-        "output": str(folder),
-    }.items():
-        log.info("%-8s %s", what, text)
-    if s.fp16_opt_level != "O2":
-        log.info("--fp16_opt_level was apex's and decides nothing any more: --fp16 is PyTorch's own autocast.")
-    if dataset.val is None:
-        log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
-                    "choice use --val_fraction 0.1.")
-    if (used := native_size(model.config, model.grid)) != model.img_size:
-        log.warning("Images of %d x %d px are no whole number of patches: what is right of or below %d x %d is not "
-                    "looked at, as in Google's code.", *model.img_size, *used)
-    if s.warmup_steps >= s.num_steps:
-        log.warning("The warm-up of %d steps is not over when the run of %d ends, and the learning rate stays small: "
-                    "try --warmup_steps %d.", s.warmup_steps, s.num_steps, s.num_steps // 20)
-    if s.train_batch_size > images:
-        log.warning("A batch of %d shows some of the %d training images more than once: try a smaller "
-                    "--train_batch_size.", s.train_batch_size, images)
-
-
 class Progress:
-    """Follows the updates of a run: `add` each, `flush` before an evaluation.
+    """Follows the updates of a run: `add` each, `flush` before an evaluation or a saving.
 
     FloatingPointError: an update was not finite (outside fp16's normal overflows), the loss scale fell below 1, or
     PATIENCE updates in a row overflowed;
     names the true step. The update itself was masked on the device.
     """
 
-    def __init__(self, run, total: int, batch_size: int, scaled: bool):
+    def __init__(self, run, total: int, batch_size: int, scaled: bool, start: int = 0,
+                 diagnosis: Diagnosis | None = None):
         self.run, self.total, self.batch_size, self.scaled = run, total, batch_size, scaled
+        self.diagnosis = diagnosis
         self.pending = deque()
         self.skipped = self.skipped_in_a_row = 0
         self.loss = self.rate = float("nan")
-        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
+                        disable=None if run.writes else True)
         self.started = time.perf_counter()
-        self.done = 0      # the last step that was read
+        self.start = self.done = start  # the last step that was read
         self.mark = None   # (step, moment) from which the speed is measured
+        self.waited = 0.0  # seconds for the batch of the step that comes next
+        self.asked = None  # when that batch was asked for
+
+    def state_dict(self) -> dict:
+        """What a run that is continued still has to know: the counts, and what has been said."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                "diagnosis": self.diagnosis.state_dict() if self.diagnosis else {}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.diagnosis and state["diagnosis"]:
+            self.diagnosis.load_state_dict(state["diagnosis"])
+
+    def next(self, stream: Iterator) -> tuple[Tensor, Tensor]:
+        """The next batch of the stream, and how long it took to come."""
+        now = time.perf_counter()
+        if self.asked is not None and self.diagnosis:
+            self._tell(self.diagnosis.waited(self.done, self.waited, now - self.asked))
+        self.asked = now
+        batch = next(stream)
+        self.waited = time.perf_counter() - now
+        return batch
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
         """After update number `step` (the first is 1)."""
@@ -90,17 +79,23 @@ class Progress:
 
     @contextmanager
     def paused(self):
-        """The time inside (an evaluation) does not count as training."""
+        """The time inside (an evaluation, a saving) does not count as training."""
         self.flush()
         yield
-        self.mark = self.done, self._moment()
+        if self.done > self.start:
+            self.mark = self.done, self._moment()
+        self.asked = None
 
     def say(self, text: str) -> None:
         """A line that stays: where the run is, and `text`."""
-        left = (time.perf_counter() - self.started) / max(self.done, 1) * (self.total - self.done)
+        left = (time.perf_counter() - self.started) / max(self.done - self.start, 1) * (self.total - self.done)
         speed = f"{self.rate:,.0f} images/s  " if self.rate == self.rate else ""  # none after a first step alone
         log.info("step %d/%d  loss %.4f  %s  %s%s left", self.done, self.total, self.loss, text, speed,
                  tqdm.format_interval(left))
+
+    def _tell(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            log.warning("step %d: %s", self.done, sentence)
 
     def _moment(self):
         """Now, on the clock of the device that does the work."""
@@ -114,20 +109,23 @@ class Progress:
         step, lr, numbers, moment = self.pending.popleft()
         if self.cuda:
             moment.synchronize()
-        loss, accuracy, norm, finite, scale = numbers.tolist()
-        values = {}
+        loss, accuracy, norm, finite, scale, share = numbers.tolist()
         if self.mark is None:
             self.mark = step, moment
         elif step % 10 == 0 or last:
-            values["train_images_per_second"] = self.rate = self._speed(step, moment)
+            self.rate = self._speed(step, moment)
+        # The lines are the same wherever a run was interrupted; not so the speed, null where it is not known yet.
+        speed = {"train_images_per_second": self.rate} if step % 10 == 0 else {}
         self.done = step
-        self.run.log(step, train_loss=loss, train_accuracy=accuracy, train_lr=lr, train_grad_norm=norm, **values)
+        self.run.log(step, train_loss=loss, train_accuracy=accuracy, train_lr=lr, train_grad_norm=norm, **speed)
         self.loss = loss
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.rate:,.0f} images/s", refresh=False)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:
             self._not_finite(step, lr, scale, loss)
+        if self.diagnosis:
+            self._tell(self.diagnosis.update(step, loss, accuracy, bool(finite), scale, share or None))
 
     def _speed(self, step: int, moment) -> float:
         """Images a second since the last mark, which moves here."""

@@ -1,7 +1,9 @@
-"""The folder of a run, `output/NAME/`: settings, weights that explain themselves, one line of metrics an event."""
+"""The folder of a run, `output/NAME/`: settings, state, self-explaining weights, a line of metrics an event."""
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -12,39 +14,77 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from models import exchange
+from models.tensors import record
+from utils import state
+from utils.state import State, replacing
 
-FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "tensorboard")  # of a run
+log = logging.getLogger(__name__)
+
+FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", state.NEWEST, state.PREVIOUS,
+         "tensorboard")  # of a run
+SAVE_SECONDS = 300  # between two savings of the state where nobody says how many updates
 
 
 class Run:
-    """An open run (a context): `log` values, `save` weights. A file is written whole or not at all, or appended to."""
+    """An open run (a context): `log` values, `save` its state. A file is written whole or not at all, or appended to.
 
-    def __init__(self, folder: Path, settings: dict, command: str):
+    about: what the header of its weights says besides scores: "settings", "classes", "finetuned_from" ... metrics: None
+    for a new run, whose folder is cleared of another's files; else the bytes of metrics.jsonl that belong to the run's
+    state, after which it goes on. writes: False in all processes but the first, which write nothing.
+    ValueError: the folder cannot be made, or another process writes to it.
+    """
+
+    def __init__(self, folder: Path, about: dict, command: str, *, metrics: int | None = None, step: int = 0,
+                 writes: bool = True):
+        self.folder, self.about, self.command, self.writes = folder, about, command, writes
+        self.started = time.monotonic()
+        self.saved = self.started, step   # the last state: when, and after how many updates
+        self.exported: dict[str, dict] = {}  # headers of the weights files
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs need it
-        self.folder, self.command = folder, command
-        self.started = time.time()
+        kept = 0 if metrics is None else _kept(folder / "metrics.jsonl", metrics)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = open(folder / "metrics.jsonl", "a+", encoding="utf-8", buffering=1)  # whole lines at once
         except OSError as error:
-            raise ValueError(f"{folder} cannot be made ({error.strerror}). Choose another --output_dir.") from error
-        for name in FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        _write(folder / "settings.json", json.dumps({**settings, "command": command}, indent=2) + "\n")
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # whole lines at once
-        self.tensorboard = SummaryWriter(folder / "tensorboard")
+            raise ValueError(f"{folder} cannot be written to ({error.strerror}). Choose another "
+                             "--output_dir.") from error
+        try:
+            _lock(self.metrics, folder)
+        except ValueError:
+            self.metrics.close()
+            raise
+        if metrics is None:
+            for name in FILES:
+                path = folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif name != "metrics.jsonl":
+                    path.unlink(missing_ok=True)
+        for part in folder.glob("*.part"):  # of a process that was killed while it wrote
+            part.unlink()
+        self.metrics.truncate(kept)  # what was logged after the state was saved will be logged again
+        with replacing(folder / "settings.json") as file:
+            file.write((json.dumps({**about["settings"], "command": command}, indent=2) + "\n").encode())
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.metrics.close()
-        self.tensorboard.close()
+        if self.writes:
+            self.metrics.close()
+            self.tensorboard.close()
 
     def log(self, step: int, **values: float) -> None:
         """Values after `step` updates; a name like train_loss is written as train/loss."""
+        if not self.writes:
+            return
         now = time.time()
         for name, value in values.items():
             name = name.replace("_", "/", 1)
@@ -52,11 +92,105 @@ class Run:
             self.metrics.write(json.dumps({"step": step, "name": name, "value": shown, "time": round(now, 3)}) + "\n")
             self.tensorboard.add_scalar(name, value, step, walltime=now)
 
-    def save(self, kind: str, model, **metadata) -> Path:
-        """Writes `best` or `last`: weights, and in the header all that is needed to use them (`models/exchange.py`)."""
+    def save(self, now: State, progress) -> None:
+        """Writes the state, then the weights files that are behind it. OSError: the states before are as they were."""
+        self.saved = time.monotonic(), now.step
+        if not self.writes:
+            return
+        os.fsync(self.metrics.fileno())  # the lines of a state must not be lost where the state is not
+        state.write(self.folder, {**now.content(), "progress": progress.state_dict(), "command": self.command,
+                                  "about": self.about, "record": record(now.model, {}),
+                                  "metrics": os.fstat(self.metrics.fileno()).st_size})
+        for kind, header in self._headers(now).items():
+            if self.exported.get(kind) != header and _has_weights(now, kind, header):
+                self._export(kind, header, now)
+
+    def save_is_due(self, step: int, every: int) -> bool:
+        """After `every` updates, or where it is 0 after `SAVE_SECONDS`."""
+        moment, saved = self.saved
+        return step != saved and (step % every == 0 if every else time.monotonic() - moment > SAVE_SECONDS)
+
+    def mend(self, now: State) -> None:
+        """Brings the weights files in line with a state that was read; from a later step, damaged or lost, they are
+        written again."""
+        for kind, header in self._headers(now).items() if self.writes else ():
+            known = _has_weights(now, kind, header)
+            if self._on_disk(kind, now if known else None) == header:
+                self.exported[kind] = header
+                continue
+            if not known:
+                header = {**header, "step": now.step, "accuracy": {}}
+            log.info("%s.safetensors is written again, from the state.", kind)
+            self._export(kind, header, now)
+
+    def _headers(self, now: State) -> dict[str, dict]:
+        """What of a weights file's header changes in a run."""
+        headers = {}
+        for kind, found in (("last", now.last), ("best", now.best)):
+            if found:
+                scores = {found["part"]: found, **({"test": now.finished[kind]} if now.finished else {})}
+                headers[kind] = {"step": found["step"], "command": self.command, **{
+                    name: {part: score[name] for part, score in scores.items()} for name in ("accuracy", "map")
+                    if found[name] is not None}}
+        return headers
+
+    def _export(self, kind: str, header: dict, now: State) -> None:
+        weights = now.best_weights if kind == "best" else None
+        exchange.save(now.model, self.folder / f"{kind}.safetensors", {**self.about, **header, "versions": versions()},
+                      weights=weights)
+        self.exported[kind] = header
+
+    def _on_disk(self, kind: str, now: State | None) -> dict | None:
+        """The header of a weights file as `_headers` has it; None: none, or other tensors than those of `now`."""
         path = self.folder / f"{kind}.safetensors"
-        exchange.save(model, path, {**metadata, "command": self.command, "versions": versions()})
-        return path
+        try:
+            about = exchange.read_metadata(path)
+            tensors = load_file(path) if now else {}
+        except (ValueError, OSError, SafetensorError):
+            return None
+        weights = {} if now is None else now.best_weights if kind == "best" else now.model.state_dict()
+        if tensors.keys() != weights.keys() or not all(torch.equal(tensors[name], value.cpu())
+                                                       for name, value in weights.items()):
+            return None
+        return {name: about.get(name) for name in ("step", "command", "accuracy", "map") if name in about}
+
+
+def _has_weights(now: State, kind: str, header: dict) -> bool:
+    """Whether the state has the weights that a header describes: `last` only until the next update."""
+    return kind == "best" or header["step"] == now.step
+
+
+def _kept(path: Path, wanted: int) -> int:
+    """How many bytes of metrics.jsonl to keep: as many as wanted, or its whole lines where some are lost."""
+    there = path.read_bytes() if path.exists() else b""
+    if len(there) >= wanted:
+        return wanted
+    log.warning("%s has lost its end (%d of %d bytes are there): it goes on with a gap.", path, len(there), wanted)
+    return there.rfind(b"\n") + 1
+
+
+def _lock(file, folder: Path) -> None:
+    """ValueError: another process holds the run. The lock ends with the process, however that ends; its workers have
+    no part in it (as they would with `flock`)."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"Another process is writing to {folder}. Wait for its end, or choose another "
+                         "--name.") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def full(error: OSError) -> str | None:
+    """A sentence, where the error says that there is no room left for what a run writes; else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return (f"There is no room for the run's files any more ({os.strerror(error.errno)}). The last saved state "
+            "is whole: make room, then continue with --resume.")
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -64,7 +198,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; the run's folder would go there. Choose another --name.")
     if not overwrite and any((folder / name).exists() for name in FILES):
-        raise ValueError(f"{folder} holds a run already. Choose another --name, or --overwrite it.")
+        raise ValueError(f"{folder} holds a run already. Continue it with --resume {folder}, choose another --name, or "
+                         "--overwrite it.")
 
 
 def weights_of(path, kind: str = "auto") -> Path:
@@ -83,13 +218,6 @@ def weights_of(path, kind: str = "auto") -> Path:
     if not (path / f"{kind}.safetensors").exists():
         raise ValueError(f"{path} is a run without {kind}.safetensors: it has had no evaluation yet.")
     return path / f"{kind}.safetensors"
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes the whole file or leaves it as it was."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,12 @@ def flag(default, group: str, help: str, **options):
     return field(default=default, metadata={"group": group, "help": help, "options": options})
 
 
+# What may be given anew when a run is continued. Data may have moved; that it is the same is checked by its contents.
+FREE = {"dataset", "labels", "data_dir", "check_data", "skip_unreadable", "num_workers", "gradient_accumulation_steps",
+        "device", "local_rank", "fp16_opt_level", "name", "output_dir", "overwrite", "resume", "save_every", "dry_run",
+        "eval_every", "eval_batch_size", "debug"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides a run. Whoever reads a field finds its meaning and default here."""
@@ -185,14 +191,48 @@ class _OneLine(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=40, width=150)
 
 
-def parse(argv: list[str] | None) -> Settings:
-    """The settings of a command line: what was given by hand, else the recipe's value, else the default."""
-    given = vars(parser().parse_args(sys.argv[1:] if argv is None else argv))
+def given(argv: list[str]) -> dict:
+    """The flags of a command line, by name."""
+    return vars(parser().parse_args(argv))
+
+
+def resolve(given: dict) -> Settings:
+    """The settings of a new run: what was given by hand, else the recipe's value, else the default."""
     preset = dict(RECIPES[given.get("recipe", "vit-pytorch")])
     settings = {**preset, **given}
+    if settings.get("labels") and "dataset" not in settings:
+        settings["dataset"] = str(Path(settings["labels"]).parent)
     if settings.get("recipe") == "paper":
         model = settings.get("model_type", "auto")
         model = Path(settings.get("pretrained_dir") or "ViT-B_16").stem if model == "auto" else model
         model = model.removesuffix("-224").removesuffix("-384")
         settings.setdefault("learning_rate", PAPER_LR.get((model, settings.get("dataset", "cifar10")), 3e-2))
     return Settings(**settings)
+
+
+def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
+    """The settings of a run that is continued, and what of them is new: {name: (before, now)}.
+
+    stored: those of the run, with "resolved", what its automatic choices were; given: the flags of the command line.
+    ValueError: a setting that decides the run's numbers is another one than before, or there are fewer steps.
+    """
+    known = {f.name for f in fields(Settings)}
+    before = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+              if name in known}
+    resolved = {name: tuple(value) if isinstance(value, list) else value for name, value in
+                stored["resolved"].items()}
+    changed = {name: (before.get(name), value) for name, value in given.items()
+               if value not in (before.get(name), resolved.get(name))}
+    refused = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items()
+               if name not in FREE and not (name == "num_steps" and new > old)]
+    if refused:
+        raise ValueError(f"A run goes on with the settings that it began with: {', '.join(refused)}. Leave them out, "
+                         "or start another run with --name. (--num_steps may grow; the batch split and how often it "
+                         "is evaluated and saved are free.)")
+    settings = Settings(**{**before, **{name: value for name, value in given.items() if name in changed}})
+    return settings, changed
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """The settings of a command line that starts a new run."""
+    return resolve(given(sys.argv[1:] if argv is None else argv))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from utils.distributed import ALONE, World
+from utils.losses import accuracy_of
 from utils.optim import clip_by_global_norm
 
 log = logging.getLogger(__name__)
@@ -24,35 +27,42 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # global L2 norm of the mean gradient, unscaled, before clipping
     finite: Tensor     # 1.0: the update was made; 0.0: weights and momentum were left untouched
     scale: Tensor      # the loss scale that the update used; 1.0 without scaling
+    share: Tensor      # of the images, that of the class predicted most often; 0.0 with several labels an image
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, images: Tensor,
                labels: Tensor, *, lr: float, micro_batches: int = 1, max_grad_norm: float = 1.0,
-               precision: torch.dtype = torch.float32, dropout_seed: tuple[int, ...] = (0, 0)) -> StepResult:
-    """Images (B, 3, H, W), labels (B,) -> one update of the model's weights, in place.
+               precision: torch.dtype = torch.float32, dropout_seed: tuple[int, ...] = (0, 0),
+               criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, world: World = ALONE) -> StepResult:
+    """Images (B, 3, H, W), labels (B,) or (B, C) -> one update of the model's weights, in place.
 
     The batch is cut into `micro_batches` equal parts whose gradients are averaged, then clipped once, as in Google's
     `make_update_fn`. precision: float32 (or float64, the weights' own), or the type of autocast. dropout_seed: what
-    the masks are drawn from, (seed, step, ...); each micro-batch adds its number. A gradient that is not finite masks
-    the update on the device: nothing waits for it. ValueError: B is no multiple of micro_batches.
+    the masks are drawn from, (seed, step, ...); each micro-batch adds its number. criterion: logits (B, C) and labels
+    -> their mean loss. world: the processes that see the other parts of the batch; what is returned is of the whole.
+    A gradient that is not finite masks the update on the device: nothing waits for it. ValueError: B is no multiple
+    of micro_batches.
     """
     if len(images) % micro_batches:
         raise ValueError(f"A batch of {len(images)} images cannot be cut into {micro_batches} equal micro-batches.")
     device = images.device.type
-    loss = torch.zeros((), device=images.device)
-    correct = torch.zeros((), device=images.device)
+    loss, accuracy = torch.zeros(2, device=images.device)
+    predicted = torch.zeros(model.num_classes, device=images.device)  # share of the images, by class
     for number, (x, y) in enumerate(zip(images.chunk(micro_batches), labels.chunk(micro_batches))):
         seed_dropout(model, (*dropout_seed, number))
         with torch.autocast(device, dtype=precision, enabled=precision in (torch.bfloat16, torch.float16)):
             logits = model(x)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        part = F.cross_entropy(logits, y) / micro_batches
+        part = criterion(logits, y) / micro_batches
         scaler.scale(part).backward()
         loss = loss + part.detach()
-        correct += (logits.detach().argmax(dim=1) == y).sum()
+        accuracy = accuracy + accuracy_of(logits.detach(), y) / micro_batches
+        if y.ndim == 1:
+            predicted.index_add_(0, logits.detach().argmax(dim=1), predicted.new_ones(len(y)) / len(images))
 
-    scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    world.average([*gradients, loss, accuracy, predicted])
+    scaler.unscale_(optimizer)
     norm = clip_by_global_norm(gradients, max_grad_norm)
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     scale = scaler.scale(torch.ones((), device=images.device))
@@ -62,7 +72,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
     optimizer.step()                         # not `scaler.step`, which would ask its own, narrower question
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, correct / len(images), norm, finite.float(), scale)
+    return StepResult(loss, accuracy, norm, finite.float(), scale, predicted.max())
 
 
 def seed_dropout(model: nn.Module, numbers: tuple[int, ...]) -> None:
@@ -84,9 +94,7 @@ def make_scaler(device: str, precision: torch.dtype, loss_scale: float = 0.0) ->
 
 
 def choose_device(name: str, local_rank: int = -1) -> torch.device:
-    """auto: the GPU where there is one. ValueError: cuda was asked for and there is none, or torchrun was used."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were started (torchrun); this version trains in one.")
+    """auto: the GPU where there is one. ValueError: cuda was asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but PyTorch sees no GPU here. Use --device cpu or auto.")
     if name == "cpu" or not torch.cuda.is_available():
@@ -98,6 +106,16 @@ def choose_device(name: str, local_rank: int = -1) -> torch.device:
     torch.cuda.set_device(device)            # events and streams without a device mean this one
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: convolutions too
     return device
+
+
+def make_deterministic() -> None:
+    """Only kernels whose result does not depend on the order in which a GPU's threads come: slower, bit-equal runs.
+
+    An operation that has none makes PyTorch say so. cuBLAS reads its variable when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_precision(settings, device: torch.device) -> torch.dtype:

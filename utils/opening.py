@@ -1,0 +1,182 @@
+"""Flags -> what a run starts from: settings, folder, model and weights, of a new run or of one that is continued."""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from ml_collections import FrozenConfigDict
+
+from models import configs, exchange, huggingface, sources
+from models.fill import with_channels
+from models.modeling import VisionTransformer
+from utils import state
+from utils.data import Data, View
+from utils.optim import lr_at
+from utils.progress import Progress
+from utils.runs import Run, check_free, sha256, weights_of
+from utils.settings import Settings, proceed, resolve
+from utils.state import State
+
+log = logging.getLogger(__name__)
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# Settings which, changed on the way, change the numbers that follow; what is said of them.
+CHANGES = {"num_steps": ": the learning rate is planned anew from here, and this is no longer the run that it was",
+           "gradient_accumulation_steps": ": equal up to rounding, with dropout other masks"}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a run starts from. No tensor of the weights is read yet."""
+    settings: Settings
+    folder: Path
+    config: FrozenConfigDict
+    size: tuple[int, int]
+    weights: Path | None        # None: from scratch, or in `content`
+    content: dict | None = None  # the state that is continued; None: a new run
+    changed: dict | None = None  # settings that are others than before, {name: (before, now)}
+
+    def build_model(self, num_classes: int) -> tuple[VisionTransformer, dict]:
+        """The model, and the file it began with: {"name", "sha256"}, empty from scratch. A new run's has a new head."""
+        if self.content:
+            return VisionTransformer(self.config, self.size, num_classes), self.content["about"]["finetuned_from"]
+        if self.weights is None:
+            torch.manual_seed(self.settings.seed)  # of the initial values
+            return VisionTransformer(self.config, self.size, num_classes), {}
+        model = exchange.load(self.weights, img_size=self.size, num_classes=num_classes, config=self.config,
+                              in_chans=self.config.in_chans)
+        file = huggingface.weights_in(self.weights) if self.weights.is_dir() else self.weights
+        return model, {"name": self.weights.name, "sha256": sha256(file)}
+
+    def check_same(self, dataset: Data, device: torch.device, precision: torch.dtype) -> None:
+        """ValueError: the data, or what the device computes in, is not what the run began with."""
+        if not self.content:
+            return
+        about = self.content["about"]
+        if (now := str(precision).removeprefix("torch.")) != (then := about["settings"]["resolved"]["precision"]):
+            raise ValueError(f"{self.folder} computes in {then}, and this device in {now}: continue it where it began.")
+        if not about["settings"]["resolved"]["device"].startswith(device.type):
+            log.warning("This run began on another kind of device: from here on it is equal up to rounding only.")
+        if about["fingerprint"] == dataset.fingerprint():
+            return
+        before, there = about["classes"], list(dataset.train.classes)
+        what = (f"{len(before)} classes then, {len(there)} now" if len(before) != len(there) else
+                "other classes" if before != there else "images were added, removed, renamed, relabelled or changed")
+        raise ValueError(f"The data is not that with which {self.folder} began ({what}). Bring it back (--dataset says "
+                         "where it is), or start another run.")
+
+    def about(self, dataset: Data, model, origin: dict, view: View, device, precision: torch.dtype) -> dict:
+        """What a run says of itself in its state and in the header of its weights, scores apart; plain values."""
+        if self.content:
+            before = self.content["about"]
+            changes = {name: now for name, (_, now) in self.changed.items() if name in CHANGES}
+            continued = [*before["settings"].get("continued", ()), {"step": self.step, **changes}]
+            now = {**asdict(self.settings), "resolved": before["settings"]["resolved"]}
+            return {**before, "settings": {**now, "continued": continued}}
+        resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
+                    "in_chans": model.config.in_chans, "device": str(device), "dropout": model.config.dropout_rate,
+                    "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
+                    **asdict(view)}
+        several = {"multi_label": True} if dataset.train.multi_label else {}
+        return {"classes": list(dataset.train.classes), "finetuned_from": origin, "fingerprint": dataset.fingerprint(),
+                "settings": {**asdict(self.settings), "resolved": resolved}, **several}
+
+    @property
+    def step(self) -> int:
+        return self.content["step"] if self.content else 0
+
+    @property
+    def metrics(self) -> int | None:
+        """Bytes of metrics.jsonl that belong to the state."""
+        return self.content["metrics"] if self.content else None
+
+    @property
+    def command(self) -> str | None:
+        """With which the run began."""
+        return self.content["command"] if self.content else None
+
+    def resume(self, run: Run, now: State, progress: Progress) -> None:
+        """Brings a new run's objects to the state that is continued, and says what is not as it was."""
+        if not self.content:
+            return
+        now.restore(self.content)
+        progress.load_state_dict(self.content["progress"])
+        log.info("%-8s from step %d of %d", "resumed", now.step, self.settings.num_steps)
+        for name in CHANGES.keys() & self.changed.keys():
+            log.info("         --%s %s -> %s%s", name, *self.changed[name], CHANGES[name])
+        if "num_steps" in self.changed:
+            s = self.settings
+            rates = [lr_at(now.step, base=s.learning_rate, total=total, warmup=s.warmup_steps, decay=s.decay_type)
+                     for total in self.changed["num_steps"]]
+            log.info("         the learning rate goes on at %.3g, where it would have been %.3g", *reversed(rates))
+            run.log(now.step, run_num_steps=self.settings.num_steps)
+            now.finished = {}
+        run.mend(now)
+
+
+def choose_model(settings: Settings) -> tuple[FrozenConfigDict, tuple[int, int], Path | None]:
+    """What to start from: configuration, image size and weights (None: from scratch). No tensor is read yet."""
+    asked = None if settings.model_type == "auto" else configs.get_config(settings.model_type)
+    if settings.pretrained_dir == "none":
+        path, config = None, asked or configs.get_config("ViT-B_16")
+        native = (32, 32) if config.name == "ViT-demo" else (224, 224)
+    else:
+        name = settings.pretrained_dir or f"checkpoint/{asked.name if asked else 'ViT-B_16'}.npz"
+        path = sources.fetch(weights_of(name))
+        config, native = exchange.describe(path, asked, settings.img_size)
+    config = with_channels(config, settings.in_chans or config.in_chans)
+    if settings.dropout is not None:
+        config = configs.replace(config, dropout_rate=settings.dropout)
+    usual = native if max(native) <= 224 or native[0] != native[1] else (224, 224)
+    return config, settings.img_size or usual, path
+
+
+def open_run(given: dict) -> Opening:
+    """What the flags given by hand ask for: a new run, or with `resume` the last sound state of one.
+
+    ValueError: a setting that no run can have or that this one did not begin with, a folder that is taken, no state.
+    """
+    resume = given.get("resume")
+    if resume not in (None, "auto"):
+        return _continued(Path(resume), given)
+    settings = resolve(given)
+    if resume and settings.name and state.exists(folder := Path(settings.output_dir) / settings.name):
+        return _continued(folder, given)
+    config, size, weights = choose_model(settings)
+    pixels = "x".join(str(n) for n in dict.fromkeys(size))
+    name = settings.name or f"{Path(settings.dataset).resolve().name}-{config.name}-{pixels}"
+    folder = Path(settings.output_dir) / name
+    if resume and state.exists(folder):
+        return _continued(folder, given)
+    # A run that was cut off before its first state has nothing to lose: `auto` starts it again.
+    cut_off = bool(resume) and not any(folder.glob("*.safetensors"))
+    check_free(folder, settings.overwrite or cut_off)
+    return Opening(settings, folder, config, size, weights)
+
+
+def _continued(folder: Path, given: dict) -> Opening:
+    """ValueError: the folder has no sound state, or the flags ask for another run than this one."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no run at {folder}." if not folder.exists() else
+                         f"{folder} is a file; --resume takes the folder of a run, or auto.")
+    if given.get("overwrite"):
+        raise ValueError("--resume continues a run and --overwrite replaces it. Choose one.")
+    for flag, there in (("name", folder.name), ("output_dir", str(folder.parent))):
+        if given["resume"] != "auto" and given.get(flag, there) != there:
+            raise ValueError(f"--resume {folder} and --{flag} {given[flag]} name two runs. Leave --{flag} out.")
+    if not state.exists(folder):
+        raise ValueError(f"{folder} has no {state.NEWEST}: it is no run, or was cut off before its first state was "
+                         "saved. Start it again (--overwrite).")
+    content = state.read(folder)
+    try:
+        config, size = exchange.config_in(content["record"]), tuple(content["record"]["img_size"])
+        settings, changed = proceed(content["about"]["settings"], given)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/{state.NEWEST} was written by another version of this toolkit "
+                         f"({error.args[0]}).") from error
+    if settings.num_steps < content["step"]:
+        raise ValueError(f"{folder} is at step {content['step']} already.")
+    precision = SHORT[content["about"]["settings"]["resolved"]["precision"]]
+    settings = replace(settings, precision=precision, fp16=False, bf16=False)  # as it was resolved, on any machine
+    return Opening(settings, folder, config, size, None, content, changed)

@@ -1,0 +1,126 @@
+"""What a run needs of memory and of the disk, estimated before it starts."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.modeling_resnet import stem
+
+SLACK = 1.3         # of activations: no allocator fills every gap, and kernels need room of their own
+FLOAT = 4           # bytes of a number where nothing is said of its precision
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}  # that an optimiser keeps of each weight
+LINE = 180          # bytes that one value takes in metrics.jsonl and in TensorBoard's file together
+VALUES = 5          # that an update writes there
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak of a training step."""
+    weights: int      # with their copies in the precision of autocast
+    optimizer: int
+    batch: int        # the images of the whole update
+    activations: int  # of one micro-batch: what the forward pass keeps, and the backward pass needs beside it
+    gradients: int    # with one micro-batch only what exceeds the activations, whose room they take
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory(model, settings, precision: torch.dtype, device: torch.device, processes: int = 1) -> Memory:
+    """The peak of a training step in each process, without the program itself and the data set kept in memory.
+
+    Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -B_16 and hybrids,
+    batches of 4 to 128, float32 and bfloat16): the estimate was 0.8 to 1.2 times the peak. On a GPU it is not measured.
+    """
+    images = settings.train_batch_size // processes
+    numbers = sum(p.numel() for p in model.parameters())
+    narrow = 0 if precision == torch.float32 else precision.itemsize
+    moment = 2 if settings.momentum_dtype == "bfloat16" else FLOAT
+    pixels = model.config.in_chans * model.img_size[0] * model.img_size[1]
+    kept = activations(model, images // settings.gradient_accumulation_steps, precision, device)
+    gradients = numbers * FLOAT
+    return Memory(weights=numbers * (FLOAT + narrow), optimizer=numbers * moment * MOMENTS[settings.optimizer],
+                  batch=images * pixels * FLOAT, activations=kept,
+                  gradients=gradients if settings.gradient_accumulation_steps > 1 else max(gradients - kept, 0))
+
+
+def activations(model, images: int, precision: torch.dtype, device: torch.device) -> int:
+    """Bytes that so many images take between the forward and the backward pass, and for one block's way back.
+
+    A token leaves in each block, with n bytes a number (2 under autocast, whose residual stream stays float32): its
+    residual twice (2 D floats), both norms' outputs, query, key, value and the heads' output (6 D n), the MLP before
+    and after the GELU (2 M n); dropout its masks. PyTorch's `saved_tensors_hooks` counts the same, to 1 %.
+    """
+    config, n = model.config, precision.itemsize
+    T, D, M, H = model.pos_embed.shape[1], config.hidden_size, config.mlp_dim, config.num_heads
+    block = 2 * D * FLOAT + (6 * D + 2 * M) * n + (H + 4) * FLOAT  # the last: sums of softmax and norms
+    if config.dropout_rate:
+        block += (2 * D + M) * (1 if device.type == "cuda" else n)
+    if device.type == "cpu" and precision == torch.bfloat16 and T <= 128:  # `step.attention_kernel`: plain products
+        block += H * T * FLOAT + 3 * D * (FLOAT - n)
+    back = 2 * M * n + 2 * D * FLOAT
+    token = config.num_layers * block + 3 * D * FLOAT + back
+    pixels = config.in_chans * model.img_size[0] * model.img_size[1]
+    image = T * token + pixels * n + 3 * model.num_classes * FLOAT + _stem(config, model.img_size)
+    return int(SLACK * images * image)
+
+
+def _stem(config, size: tuple[int, int]) -> int:
+    """Bytes that a hybrid's ResNet keeps of one more image: counted on tensors without memory."""
+    if config.resnet is None:
+        return 0
+    with torch.device("meta"):
+        net = stem(config.resnet, config.in_chans, config.norm_eps)
+        one, two = (_kept(net, torch.empty(images, config.in_chans, *size)) for images in (1, 2))
+    return two - one  # without its standardised kernels, which are kept once
+
+
+def _kept(net: nn.Module, images: Tensor) -> int:
+    """Bytes of the different tensors that a forward pass keeps for the backward pass."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(images)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def disk(model: nn.Module, settings) -> int:
+    """Bytes of a run's outputs at most: the state (weights, optimiser, best weights) in two generations and a third
+    while it is written, the weights of `last` and `best` and one while it is written, and the metrics."""
+    weights = sum(p.numel() for p in model.parameters()) * FLOAT
+    moment = 2 if settings.momentum_dtype == "bfloat16" else FLOAT
+    state = 2 * weights + weights // FLOAT * moment * MOMENTS[settings.optimizer]
+    return 3 * state + 3 * weights + settings.num_steps * VALUES * LINE
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that may be written below `folder`, which may not be there yet: free, or of a run that it replaces."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    replaced = (entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()) if folder.is_dir() else ()
+    return shutil.disk_usage(there).free + sum(replaced)
+
+
+def amount(size: float) -> str:
+    """Bytes in words: 512 B, 3.1 MiB, 20 GiB."""
+    unit, *larger = "B", "KiB", "MiB", "GiB", "TiB"
+    while size >= 1000 and larger:
+        size, unit = size / 1024, larger.pop(0)
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
