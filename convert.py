@@ -18,6 +18,7 @@ import torch
 from models import exchange, huggingface, npz, onnx_export
 from models.fill import native_size
 from models.modeling import VisionTransformer
+from utils.runs import weights_of
 from utils.settings import Parser, image_size
 
 log = logging.getLogger("convert")
@@ -215,7 +216,8 @@ def compare(model: VisionTransformer, path: Path, kind: str, dtype: str, args) -
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="convert.py", allow_abbrev=False, description=__doc__.split("\n")[0])
-    p.add_argument("file", metavar="IN", type=Path, help=".npz, .safetensors, .pth, .bin, or a Hugging Face folder")
+    p.add_argument("file", metavar="IN", type=Path, help=".npz, .safetensors, .pth, .bin, a Hugging Face or a "
+                   "run's folder")
     p.add_argument("out", metavar="OUT", nargs="?", help=".npz, .safetensors, .onnx, or a folder: OUT/")
     p.add_argument("--img_size", type=image_size, metavar="N|H,W", help="resize the position embedding to this size; "
                    "where the file's grid is not square and not recorded: the file's own size")
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     for ours in (log, logging.getLogger("models")):  # onnxscript tells each of its steps
         ours.setLevel(logging.INFO)
     try:
+        args.file = weights_of(args.file)
         if args.out is None:
             print(describe(args))
         else:

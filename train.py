@@ -68,6 +68,7 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     optimizer = make_optimizer(model.to(device).train(), settings.optimizer, weight_decay=settings.weight_decay,
                                momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
     now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale))
+    opened.restore(now)  # before anything is written
     about = opened.about(dataset, model, origin, batches.training_view, device, precision)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:

@@ -39,6 +39,7 @@ def fetch(path) -> Path:
     name = published_name(path)
     sources = [(f"{BUCKET}/{quote(name)}.npz", _from_bucket)]  # quote: '+' is %2B, some servers take it for a space
     sources += [(repository, _from_hub) for repository in SAME_WEIGHTS.get(name, ())]
+    missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     answers = []
@@ -56,6 +57,8 @@ def fetch(path) -> Path:
                 return path
     finally:
         temporary.unlink(missing_ok=True)
+    for folder in missing:
+        folder.rmdir()
     raise FileNotFoundError("\n  ".join([f"{path} is not here, and no source gave it:", *answers]) + "\n"
                             f"Put it by hand at {path.absolute()}, or name a copy of it (a model.safetensors from "
                             "a hub) with --pretrained_dir. checkpoint/README.md lists the copies.")

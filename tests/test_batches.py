@@ -79,11 +79,26 @@ def test_a_set_beyond_the_budget_is_streamed(files):
     assert resident(files, (16, 16), "cpu", budget=decoded_bytes(files.images) - 1) is files
 
 
-def test_a_broken_file_in_a_worker_is_one_sentence(files):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_for_a_file_that_breaks_on_the_way_the_next_one_stands_in(files, workers, caplog):
+    """In its place alone: the other images of the batch, and their crops, are as they were."""
+    whole = [training(files)[k] for k in range(3)]
     files.images[4].write_bytes(b"no image")
+    batches = training(files, workers=workers)
+    for k, (images, labels) in enumerate(batches.stream(range(3))):
+        indices = torch.from_numpy(batches.indices(k))
+        assert torch.equal(labels, files.labels[torch.where(indices == 4, 5, indices)])
+        assert torch.equal(images[indices != 4], whole[k][0][indices != 4])
+    assert caplog.text.count("Skipped: ") == caplog.text.count("4.png cannot be read") >= 1
+
+
+def test_a_set_without_a_readable_file_is_one_sentence(files):
+    for path in files.images:
+        path.write_bytes(b"no image")
     with pytest.raises(ValueError) as error:
-        list(training(files, workers=1).stream(range(0, 3)))
-    assert "4.png" in str(error.value) and "Traceback" not in str(error.value) and "\n" not in str(error.value)
+        list(training(files, workers=1).stream(range(3)))
+    assert "cannot be read as an image" in str(error.value)
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_evaluation_counts_every_image_once_and_in_order():

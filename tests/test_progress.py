@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from utils.diagnosis import Diagnosis
 from utils.progress import LATE, Progress
 from utils.step import StepResult
 
@@ -113,3 +114,25 @@ def test_evaluations_do_not_count_as_training_time(monkeypatch):
                 now[0] += 100.0
     progress.flush()
     assert run.lines[-1][1]["train_images_per_second"] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("wait, said", [(0.6, True), (0.05, False)])
+def test_a_stream_that_holds_the_device_up_is_said_once(wait, said, monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr("utils.progress.time.perf_counter", lambda: clock[0])
+
+    def stream():
+        while True:
+            clock[0] += wait
+            yield torch.zeros(1), torch.zeros(1)
+    progress, batches = Progress(Recorder(), 200, 8, scaled=False, diagnosis=Diagnosis(10, 0, 200, 8)), stream()
+    for step in range(1, 201):
+        progress.next(batches)
+        clock[0] += 0.4
+        progress.add(step, 0.1, result(loss=1.0 / step))
+        if step % 50 == 0:
+            with progress.paused():
+                clock[0] += 100  # an evaluation is no waiting
+    told = [record.getMessage() for record in caplog.records if "% of the last 50 steps' time the device waited"
+            in record.getMessage()]
+    assert len(told) == said and len(caplog.records) == said

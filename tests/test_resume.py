@@ -361,3 +361,41 @@ def test_a_run_records_what_it_was_continued_from(cut):
     assert about["settings"]["continued"] == [{"step": 3}] and len(about["fingerprint"]) == 64
     assert about["finetuned_from"]["name"] == "tiny.npz" and "--pretrained_dir" in about["command"]
     assert Path(json.loads((folder / "settings.json").read_text())["resume"]) == folder
+
+
+def test_another_number_of_threads_is_said(cut, capsys):
+    folder = cut(3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        resume(folder)
+    finally:
+        torch.set_num_threads(before)
+    words = f"began with {before} threads, here are 3: from here on it is equal up to rounding"
+    assert words in capsys.readouterr().out
+
+
+def test_a_deterministic_run_asks_pytorch_for_it(start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    start("--deterministic", "--num_steps", 1)
+    assert asked == [True]
+
+
+def test_a_run_s_folder_is_a_checkpoint_for_the_other_tools(start, tmp_path, capsys):
+    import convert
+    folder = start()["folder"]
+    convert.main([str(folder), str(tmp_path / "out.npz")])
+    weights = exchange.load(tmp_path / "out.npz").state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(folder / "last.safetensors").items())
+    again = start("--pretrained_dir", folder, "--num_steps", 1, name="again")
+    assert exchange.read_metadata(again["folder"] / "last.safetensors")["finetuned_from"]["name"] == "last.safetensors"
+
+
+def test_what_is_not_there_is_said_before_weights_are_looked_for(start, capsys, tmp_path):
+    for flags, words in ((["--dataset", "nowhere"], "neither a named set"), (["--labels", "no.csv"], "does not exist")):
+        with pytest.raises(SystemExit):
+            start(*flags, "--pretrained_dir", "ViT-B_16.npz")
+        captured = capsys.readouterr()
+        assert words in captured.err and "Fetching" not in captured.out

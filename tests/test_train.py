@@ -323,4 +323,4 @@ def test_every_setting_is_read_somewhere():
             if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in ("settings", "s"):
                 read.add(node.attr)
     unread = {f.name for f in fields(train.Settings)} - read
-    assert unread == {"recipe", "debug"}  # used before there are settings
+    assert unread == {"recipe", "debug", "resume"}  # used before there are settings

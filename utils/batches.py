@@ -7,19 +7,18 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.augment import Taps, box_taps, random_boxes, shrink, stack, view, whole_boxes
 from utils.data import Split, View
-from utils.images import ARRAY, decode, decode_all
+from utils.images import decode, decode_all, pixels_in
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,6 @@ class Batches:
     Images that lie in memory are looked at by a thread, one batch ahead; files are decoded by `workers` processes.
     mean, std: one value for each of the C channels, on the scale 0 to 1; ValueError where there are more or fewer.
     """
-
-    skip_broken = False
 
     def __init__(self, split: Split, *, size: tuple[int, int], batch_size: int, mean, std, device, workers: int = 0):
         self.split, self.size, self.batch_size = split, size, batch_size
@@ -85,26 +82,31 @@ class Batches:
         if isinstance(images, Tensor):
             boxes, flips = self.boxes(k, part, np.tile(images.shape[2:], (len(indices), 1)))
             return Looks(torch.from_numpy(indices), torch.from_numpy(boxes), torch.from_numpy(flips), labels)
-        images, broken = self._decoded(indices)
-        labels[list(broken)] = -1  # a copy of the split's
+        images, labels, broken = self._decoded(indices)
         boxes, flips = self.boxes(k, part, np.array([image.shape[1:] for image in images]))
         rows, columns = box_taps(torch.from_numpy(boxes), torch.from_numpy(flips), self.size)
         small = [shrink(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)]
-        return Looks(*stack(*map(list, zip(*small))), labels, tuple(broken.values()))
+        return Looks(*stack(*map(list, zip(*small))), labels, tuple(broken))
 
-    def _decoded(self, indices: np.ndarray) -> tuple[list[Tensor], dict[int, str]]:
-        """Images that are a list, decoded; where broken ones are skipped, a black pixel each, and {place: reason}."""
-        images, broken = [self.split.images[i] for i in indices], {}
-        for place, image in enumerate(images):
-            if isinstance(image, Tensor):
-                continue
+    def _decoded(self, indices: np.ndarray) -> tuple[list[Tensor], Tensor, list[str]]:
+        """Images that are a list, decoded, their labels, and what is wrong with those for which others stand in."""
+        images, labels, broken = [], self.split.labels[indices], []  # labels: a copy of the split's
+        for place, i in enumerate(indices):
             try:
-                images[place] = decode(image, self.split.channels)
+                images.append(self._image(i))
             except ValueError as error:
-                if not self.skip_broken:
-                    raise
-                images[place], broken[place] = torch.zeros(self.split.channels, 1, 1, dtype=torch.uint8), str(error)
-        return images, broken
+                image, labels[place] = self.stand_in(i, error)
+                images.append(image)
+                broken.append(str(error))
+        return images, labels, broken
+
+    def _image(self, i: int) -> Tensor:
+        image = self.split.images[i]
+        return image if isinstance(image, Tensor) else decode(image, self.split.channels)
+
+    def stand_in(self, i: int, error: ValueError) -> tuple[Tensor, Tensor | int]:
+        """What is looked at instead of image i, which cannot be read, and its label; or the error is raised."""
+        raise error
 
     def on_device(self, parts: list[Looks]) -> tuple[Tensor, Tensor]:
         """The parts of one batch -> images and labels; nothing here waits for the device."""
@@ -198,7 +200,10 @@ class _Numbers:
 
 class TrainBatches(Batches):
     """The endless training stream: batch k is positions kB to (k+1)B - 1 of all epochs' permutations, one after the
-    other, so every batch is full and no image is favoured."""
+    other, so every batch is full and no image is favoured.
+
+    For a file that breaks on the way (before the run they are looked at) the next one in the split stands in.
+    """
 
     def __init__(self, split: Split, *, seed: int, training_view: View, rank: int = 0, processes: int = 1, **kwargs):
         super().__init__(split, **kwargs)
@@ -216,6 +221,12 @@ class TrainBatches(Batches):
         positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.share]
         epochs, places = np.divmod(positions, len(self.split))
         return np.concatenate([self.permutation(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+    def stand_in(self, i: int, error: ValueError) -> tuple[Tensor, Tensor | int]:
+        for other in range(i + 1, i + 20):  # so many in a row are no accident
+            with suppress(ValueError):
+                return self._image(other % len(self.split)), self.split.labels[other % len(self.split)]
+        raise error
 
     def permutation(self, epoch: int) -> np.ndarray:
         last, order = self._permutation
@@ -235,13 +246,16 @@ class TrainBatches(Batches):
 class EvalBatches(Batches):
     """Each image once, in order, squashed to the square; the last batch is as small as it comes.
 
-    skip_broken: an image that cannot be read is said and comes as a black one whose label (each of its labels) is -1,
-    instead of a ValueError.
+    A file that cannot be read is said and comes as a black image whose label (each of its labels) is -1, so that it
+    can be left out.
     """
 
-    def __init__(self, split: Split, *, name: str = "test", skip_broken: bool = False, **kwargs):
+    def __init__(self, split: Split, *, name: str = "test", **kwargs):
         super().__init__(split, **kwargs)
-        self.name, self.skip_broken = name, skip_broken  # the name is that under which its metrics are logged
+        self.name = name  # under which its metrics are logged
+
+    def stand_in(self, i: int, error: ValueError) -> tuple[Tensor, Tensor | int]:
+        return torch.zeros(self.split.channels, 1, 1, dtype=torch.uint8), -1
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -288,14 +302,4 @@ def memory() -> int:
 def decoded_bytes(paths: list, channels: int = 3) -> int:
     """About how many bytes the files have when decoded: from the headers of at most 200 of them."""
     sample = paths[::-(-len(paths) // 200)]
-    total = 0
-    for path in sample:
-        try:
-            if Path(path).suffix.lower() == ARRAY:
-                total += os.path.getsize(path)
-            else:
-                with Image.open(path) as image:
-                    total += image.width * image.height * channels
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # decoding will name the file
-    return total * len(paths) // len(sample)
+    return sum(map(pixels_in, sample)) * channels * len(paths) // len(sample)

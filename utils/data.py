@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.images import SUFFIXES, suffix_of
-from utils.labels import PARTS, read_labels
+from utils.labels import PARTS, check_file, read_labels
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,14 @@ def load(dataset: str, *, data_dir: str = "data", labels: str | None = None, val
     log.info("%d of %d training images are held out for validation (stratified, seed %d).",
              len(held), len(data.train), seed)
     return replace(data, train=data.train.subset(kept), val=data.train.subset(held))
+
+
+def check_there(dataset: str, labels: str | None = None) -> None:
+    """The errors of `load` for what is not there at all, before anything else takes its time."""
+    if dataset not in NAMED and not Path(dataset).is_dir():
+        _refuse(dataset)
+    if labels is not None:
+        check_file(Path(labels))
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

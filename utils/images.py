@@ -1,6 +1,7 @@
 """A file -> pixels: decode it, or say in one sentence why not."""
 
 import hashlib
+import math
 import os
 import stat
 import warnings
@@ -39,6 +40,20 @@ def decode(path, channels: int = 3) -> Tensor:
 def decode_all(paths, workers: int | None = None, channels: int = 3) -> list[Tensor]:
     """Files -> (channels, H, W) uint8 each, in their order. ValueError: names the first unreadable file."""
     return _each(partial(_decode, channels=channels), paths, workers, "decoding")
+
+
+def pixels_in(path) -> int:
+    """H times W from the file's header; 0 where decoding will say what is wrong."""
+    try:
+        _check_file(os.stat(path))
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            if suffix_of(path) == ARRAY:
+                return math.prod(_array_header(file)[0][:2])
+            with Image.open(file, formats=FORMATS) as image:
+                return image.width * image.height
+    except Exception:  # as in `_decode`
+        return 0
 
 
 class Fingerprint(NamedTuple):
@@ -135,9 +150,7 @@ def _check_size(height: int, width: int) -> None:
 
 def _array(file, channels: int) -> np.ndarray:
     """An open .npy of (H, W, channels) uint8, or (H, W) for one channel. ValueError: it holds anything else."""
-    version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(file)
+    shape, dtype = _array_header(file)
     H, W, C = (*shape, 1) if len(shape) == 2 else shape if len(shape) == 3 else (0, 0, 0)
     if dtype != np.uint8 or channels != C or H < 1 or W < 1:
         raise OtherChannels(f"holds {shape} {dtype}")
@@ -147,6 +160,13 @@ def _array(file, channels: int) -> np.ndarray:
         raise ValueError(f"it is cut off: {there:,} of {H * W * C:,} bytes of pixels are there")
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False).reshape(H, W, C)  # np.load would also open archives
+
+
+def _array_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    return shape, dtype
 
 
 def _picture(file, channels: int) -> np.ndarray:

@@ -69,12 +69,17 @@ def read_labels(path: str | Path, root: str | Path) -> Table:
                   for part, of_part in parts.items() if of_part}, classes)
 
 
-def _records(path: Path) -> list[tuple[int, list[str]]]:
-    """(line, fields) of the header and of each row; lines without a word in them are left out."""
+def check_file(path: Path) -> None:
+    """ValueError: a folder. FileNotFoundError: nothing."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; --labels takes a CSV file with {FORM}.")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; --labels takes a CSV file with {FORM}.")
+
+
+def _records(path: Path) -> list[tuple[int, list[str]]]:
+    """(line, fields) of the header and of each row; lines without a word in them are left out."""
+    check_file(path)
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")

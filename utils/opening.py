@@ -11,7 +11,7 @@ from models import configs, exchange, huggingface, sources
 from models.fill import with_channels
 from models.modeling import VisionTransformer
 from utils import state
-from utils.data import Data, View
+from utils.data import Data, View, check_there
 from utils.optim import lr_at
 from utils.progress import Progress
 from utils.runs import Run, check_free, sha256, weights_of
@@ -53,11 +53,15 @@ class Opening:
         """ValueError: the data, or what the device computes in, is not what the run began with."""
         if not self.content:
             return
-        about = self.content["about"]
-        if (now := str(precision).removeprefix("torch.")) != (then := about["settings"]["resolved"]["precision"]):
+        about, resolved = self.content["about"], self.content["about"]["settings"]["resolved"]
+        if (now := str(precision).removeprefix("torch.")) != (then := resolved["precision"]):
             raise ValueError(f"{self.folder} computes in {then}, and this device in {now}: continue it where it began.")
-        if not about["settings"]["resolved"]["device"].startswith(device.type):
+        if not resolved["device"].startswith(device.type):
             log.warning("This run began on another kind of device: from here on it is equal up to rounding only.")
+        elif device.type == "cpu" and resolved["threads"] != torch.get_num_threads():
+            log.warning("This run began with %d threads, here are %d: from here on it is equal up to rounding only "
+                        "(OMP_NUM_THREADS=%d would keep its bits).", resolved["threads"], torch.get_num_threads(),
+                        resolved["threads"])
         if about["fingerprint"] == dataset.fingerprint():
             return
         before, there = about["classes"], list(dataset.train.classes)
@@ -75,7 +79,8 @@ class Opening:
             now = {**asdict(self.settings), "resolved": before["settings"]["resolved"]}
             return {**before, "settings": {**now, "continued": continued}}
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
-                    "in_chans": model.config.in_chans, "device": str(device), "dropout": model.config.dropout_rate,
+                    "in_chans": model.config.in_chans, "device": str(device), "threads": torch.get_num_threads(),
+                    "dropout": model.config.dropout_rate,
                     "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
                     **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
@@ -96,11 +101,18 @@ class Opening:
         """With which the run began."""
         return self.content["command"] if self.content else None
 
+    def restore(self, now: State) -> None:
+        """Brings `now` to the state that is continued. ValueError: it is that of another run."""
+        if self.content:
+            try:
+                now.restore(self.content)
+            except ValueError as error:
+                raise ValueError(f"{self.folder}/{state.NEWEST} {error}.") from error
+
     def resume(self, run: Run, now: State, progress: Progress) -> None:
-        """Brings a new run's objects to the state that is continued, and says what is not as it was."""
+        """Brings a run's folder and what follows it to the state `now`, and says what is not as it was."""
         if not self.content:
             return
-        now.restore(self.content)
         progress.load_state_dict(self.content["progress"])
         log.info("%-8s from step %d of %d", "resumed", now.step, self.settings.num_steps)
         for name in CHANGES.keys() & self.changed.keys():
@@ -143,6 +155,7 @@ def open_run(given: dict) -> Opening:
     settings = resolve(given)
     if resume and settings.name and state.exists(folder := Path(settings.output_dir) / settings.name):
         return _continued(folder, given)
+    check_there(settings.dataset, settings.labels)
     config, size, weights = choose_model(settings)
     pixels = "x".join(str(n) for n in dict.fromkeys(size))
     name = settings.name or f"{Path(settings.dataset).resolve().name}-{config.name}-{pixels}"

@@ -39,8 +39,7 @@ class Progress:
         self.started = time.perf_counter()
         self.start = self.done = start  # the last step that was read
         self.mark = None   # (step, moment) from which the speed is measured
-        self.waited = 0.0  # seconds for the batch of the step that comes next
-        self.asked = None  # when that batch was asked for
+        self.arrived = self.ended = None  # moments: the batch of the step under way came, the step before it ended
 
     def state_dict(self) -> dict:
         """What a run that is continued still has to know: the counts, and what has been said."""
@@ -53,13 +52,10 @@ class Progress:
             self.diagnosis.load_state_dict(state["diagnosis"])
 
     def next(self, stream: Iterator) -> tuple[Tensor, Tensor]:
-        """The next batch of the stream, and how long it took to come."""
-        now = time.perf_counter()
-        if self.asked is not None and self.diagnosis:
-            self._tell(self.diagnosis.waited(self.done, self.waited, now - self.asked))
-        self.asked = now
+        """The next batch of the stream."""
         batch = next(stream)
-        self.waited = time.perf_counter() - now
+        self.cuda = batch[0].is_cuda
+        self.arrived = self._moment()
         return batch
 
     def add(self, step: int, lr: float, result: StepResult) -> None:
@@ -68,7 +64,9 @@ class Progress:
         self.cuda = numbers.is_cuda
         if self.cuda:
             numbers = torch.empty(len(numbers), pin_memory=True).copy_(numbers, non_blocking=True)
-        self.pending.append((step, lr, numbers, self._moment()))
+        moments = self.ended, self.arrived, self._moment()
+        self.pending.append((step, lr, numbers, moments))
+        self.ended = moments[-1]
         if len(self.pending) > LATE:
             self._read()
 
@@ -84,7 +82,7 @@ class Progress:
         yield
         if self.done > self.start:
             self.mark = self.done, self._moment()
-        self.asked = None
+        self.ended = None
 
     def say(self, text: str) -> None:
         """A line that stays: where the run is, and `text`."""
@@ -106,7 +104,7 @@ class Progress:
         return event
 
     def _read(self, last: bool = False) -> None:
-        step, lr, numbers, moment = self.pending.popleft()
+        step, lr, numbers, (before, arrived, moment) = self.pending.popleft()
         if self.cuda:
             moment.synchronize()
         loss, accuracy, norm, finite, scale, share = numbers.tolist()
@@ -126,13 +124,17 @@ class Progress:
             self._not_finite(step, lr, scale, loss)
         if self.diagnosis:
             self._tell(self.diagnosis.update(step, loss, accuracy, bool(finite), scale, share or None))
+            if before is not None and arrived is not None:  # of the device's own time: the host may run ahead
+                self._tell(self.diagnosis.waited(step, self._seconds(before, arrived), self._seconds(before, moment)))
 
     def _speed(self, step: int, moment) -> float:
         """Images a second since the last mark, which moves here."""
         before, then = self.mark
-        seconds = then.elapsed_time(moment) / 1000 if self.cuda else moment - then
         self.mark = step, moment
-        return (step - before) * self.batch_size / max(seconds, 1e-9)
+        return (step - before) * self.batch_size / max(self._seconds(then, moment), 1e-9)
+
+    def _seconds(self, start, end) -> float:
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
     def _not_finite(self, step, lr, scale, loss) -> None:
         if self.scaled and scale >= 1 and self.skipped_in_a_row < PATIENCE:

@@ -34,7 +34,7 @@ def memory(model, settings, precision: torch.dtype, device: torch.device, proces
     """The peak of a training step in each process, without the program itself and the data set kept in memory.
 
     Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -B_16 and hybrids,
-    batches of 4 to 128, float32 and bfloat16): the estimate was 0.8 to 1.2 times the peak. On a GPU it is not measured.
+    batches of 4 to 128, float32 and bfloat16): the estimate was 0.86 to 1.29 times the peak. Not measured on GPUs.
     """
     images = settings.train_batch_size // processes
     numbers = sum(p.numel() for p in model.parameters())

@@ -50,28 +50,20 @@ class Run:
         kept = 0 if metrics is None else _kept(folder / "metrics.jsonl", metrics)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(folder / "metrics.jsonl", "a+", encoding="utf-8", buffering=1)  # whole lines at once
+            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # whole lines at once
         except OSError as error:
             raise ValueError(f"{folder} cannot be written to ({error.strerror}). Choose another "
                              "--output_dir.") from error
         try:
             _lock(self.metrics, folder)
-        except ValueError:
+            _clear(folder, everything=metrics is None)
+            with replacing(folder / "settings.json") as file:
+                file.write((json.dumps({**about["settings"], "command": command}, indent=2) + "\n").encode())
+            self.metrics.truncate(kept)  # what was logged after the state was saved will be logged again
+            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        except BaseException:
             self.metrics.close()
             raise
-        if metrics is None:
-            for name in FILES:
-                path = folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif name != "metrics.jsonl":
-                    path.unlink(missing_ok=True)
-        for part in folder.glob("*.part"):  # of a process that was killed while it wrote
-            part.unlink()
-        self.metrics.truncate(kept)  # what was logged after the state was saved will be logged again
-        with replacing(folder / "settings.json") as file:
-            file.write((json.dumps({**about["settings"], "command": command}, indent=2) + "\n").encode())
-        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def __enter__(self):
         return self
@@ -167,6 +159,12 @@ def _kept(path: Path, wanted: int) -> int:
         return wanted
     log.warning("%s has lost its end (%d of %d bytes are there): it goes on with a gap.", path, len(there), wanted)
     return there.rfind(b"\n") + 1
+
+
+def _clear(folder: Path, everything: bool) -> None:
+    """Removes what a process that was killed had half written; `everything`: also the files of the run before."""
+    for path in [*folder.glob("*.part"), *(folder / name for name in FILES if everything and name != "metrics.jsonl")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _lock(file, folder: Path) -> None:

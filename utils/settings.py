@@ -226,9 +226,9 @@ def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
     refused = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items()
                if name not in FREE and not (name == "num_steps" and new > old)]
     if refused:
-        raise ValueError(f"A run goes on with the settings that it began with: {', '.join(refused)}. Leave them out, "
-                         "or start another run with --name. (--num_steps may grow; the batch split and how often it "
-                         "is evaluated and saved are free.)")
+        raise ValueError(f"A run goes on with the settings that it began with: {', '.join(refused)}. Leave them out or "
+                         "start another run with --name; only --num_steps may grow, and the batch split and how often "
+                         "it is evaluated and saved are free.")
     settings = Settings(**{**before, **{name: value for name, value in given.items() if name in changed}})
     return settings, changed
 

@@ -5,6 +5,7 @@ What it holds is not history: batches, crops, dropout masks and learning rates f
 
 import logging
 import os
+import pickle
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,12 +58,20 @@ class State:
                 "best_weights": {} if present else self.best_weights}
 
     def restore(self, content: dict[str, Any]) -> None:
-        """The state as it was when `content` was taken. The model and optimiser must be those of the same settings."""
-        self.model.load_state_dict(content["weights"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.step, self.last, self.best = content["step"], content["last"], content["best"]
-        self.finished, self.best_weights = content["finished"], content["best_weights"]
+        """The state as it was when `content` was taken, by a model and an optimiser of the same settings.
+
+        ValueError: it was taken of others.
+        """
+        try:
+            self.model.load_state_dict(content["weights"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.step, self.last, self.best = content["step"], content["last"], content["best"]
+            self.finished, self.best_weights = content["finished"], content["best_weights"]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split("\n\t")[-1].split())  # the last of PyTorch's list
+            raise ValueError(f"holds another run's state: it does not fit the model and optimiser ({reason})"
+                             ) from error
         if self.best and not self.best_weights:
             self.remember_best()
 
@@ -108,7 +117,10 @@ def _read(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:  # torch.load itself checks no sums
             raise ValueError(f"wrong checksum of {damaged}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("it holds other things than tensors and plain values") from error
     if not isinstance(content, dict) or "step" not in content:
         raise ValueError("it holds no state of a run")
     return content

@@ -30,7 +30,7 @@ class Trained:
         if workers < 0:  # a few images are decoded before a process has started
             workers = min(os.cpu_count() or 1, 8) if len(split) > PART else 0
         return EvalBatches(split, size=self.model.img_size, mean=config.mean, std=config.std, device=device,
-                           batch_size=batch_size, workers=workers, skip_broken=True)
+                           batch_size=batch_size, workers=workers)
 
     def __str__(self) -> str:
         kind = "yes or no for each of " if self.multi_label else ""
