@@ -57,25 +57,32 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> bool
 
 def kill_once(output: Path, number: signal.Signals, in_save: bool, processes: int, flags: dict,
               rng: random.Random) -> str:
-    """Continues the run and kills it: while it saves, or up to a second after its first new line of metrics."""
-    folder = output / "killed"
-    size = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
-    opened = time.time()
+    """Continues the run and kills it: while it saves for the first to third time, or up to 12 updates after its first,
+    at any moment of one (an evaluation and a saving may fall into it)."""
+    folder, opened = output / "killed", time.time()
+    metrics, part = folder / "metrics.jsonl", folder / "state.pt.part"
     process = start(output, "killed", processes, flags, "--resume", "auto")
-    metrics = folder / "metrics.jsonl"
-    alive = wait_for(lambda: metrics.exists() and metrics.stat().st_mtime > opened and metrics.stat().st_size != size,
-                     process)
+    wait_for(lambda: metrics.exists() and metrics.stat().st_mtime > opened, process)
     if in_save:
-        alive = wait_for((folder / "state.pt.part").exists, process)
+        for _ in range(rng.randint(0, 2)):
+            wait_for(part.exists, process)
+            wait_for(lambda: not part.exists(), process)
+        wait_for(part.exists, process)
     else:
-        time.sleep(rng.uniform(0, 1.0))
-    if alive and process.poll() is None:
+        target = last_step(metrics) + rng.randint(1, 12)
+        wait_for(lambda: last_step(metrics) >= target, process)
+        time.sleep(rng.uniform(0, 0.2))
+    if process.poll() is None:
         os.kill(victim(process, processes, rng), number)
     code = process.wait()
-    lines = metrics.read_text().splitlines()
-    step = json.loads(lines[-1])["step"] if lines else 0
-    saving = "while saving" if (folder / "state.pt.part").exists() else ""
-    return f"{number.name} near step {step:3d}, exit code {code} {saving}".rstrip()
+    saving = "while saving" if part.exists() else ""
+    return f"{number.name} near step {last_step(metrics):3d}, exit code {code} {saving}".rstrip()
+
+
+def last_step(metrics: Path) -> int:
+    """That of the last whole line."""
+    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -123,7 +130,7 @@ def main() -> None:
     p.add_argument("--terms", type=int, default=2)
     p.add_argument("--processes", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--num_steps", type=int, default=150)
+    p.add_argument("--num_steps", type=int, default=240)
     args = p.parse_args()
     output = Path(tempfile.mkdtemp(prefix="kill-"))
     found = ordeal(output, args.kills, args.terms, args.processes, args.seed, {"--num_steps": args.num_steps})

@@ -399,3 +399,10 @@ def test_what_is_not_there_is_said_before_weights_are_looked_for(start, capsys, 
             start(*flags, "--pretrained_dir", "ViT-B_16.npz")
         captured = capsys.readouterr()
         assert words in captured.err and "Fetching" not in captured.out
+
+
+def test_a_device_that_computes_in_another_type_is_refused(cut, capsys, monkeypatch):
+    folder = cut(3, "--precision", "bf16")
+    monkeypatch.setattr("utils.opening.SHORT", {"bfloat16": "fp32"})  # as if this one had no bfloat16
+    assert "computes in bfloat16, and this device in float32: continue it where it began" in error_of(
+        capsys, "--resume", folder)

@@ -178,6 +178,18 @@ def test_best_is_chosen_on_the_held_out_part_and_the_test_set_is_scored_at_the_e
     assert "27 train, 9 val, 12 test/" in out and "on the held-out part" in out and "Nothing is held out" not in out
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss", "macro_f1", "map"])
+def test_best_is_chosen_by_the_metric_that_was_asked_for(metric, start):
+    result = start("--metric", metric, "--eval_every", 1, "--num_steps", 12, "--learning_rate", 0.3, "--seed", 5)
+    found = values(result, f"test/{metric}")
+    assert list(found) == list(range(1, 13)) and len(set(found.values())) > 1
+    best = (min if metric == "loss" else max)(found.values())
+    first = min(step for step, value in found.items() if value == best)
+    assert exchange.read_metadata(result["folder"] / "best.safetensors")["step"] == first
+    if metric != "map":
+        assert getattr(result["best"], metric) == pytest.approx(best, rel=1e-5)
+
+
 def test_without_a_held_out_part_it_is_said_once_that_best_was_picked_on_the_test_set(start, capsys):
     start()
     out = capsys.readouterr().out

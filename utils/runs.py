@@ -9,11 +9,10 @@ import os
 import platform
 import shutil
 import time
+from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -219,8 +218,9 @@ def weights_of(path, kind: str = "auto") -> Path:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__}
+    """Of what decides numbers; torchvision's without the second that its import takes."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            **{name: metadata.version(name) for name in ("torchvision", "numpy")}}
 
 
 def sha256(path: Path) -> str:
