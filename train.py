@@ -2,6 +2,7 @@
 (settings, data, step); nothing else is remembered. `python train.py --help` lists the flags."""
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -125,17 +126,19 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
 def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> None:
     """An evaluation becomes the last one, and the best one where it is."""
     shown = {"accuracy": found.accuracy, "loss": found.loss, metric: getattr(found, metric)}
+    shown = {name: math.nan if value is None else value for name, value in shown.items()}
     run.log(now.step, **{f"{part}_{name}": value for name, value in shown.items()})
     now.last = {"step": now.step, "part": part, **found._asdict()}
-    value = -found.loss if metric == "loss" else shown[metric]
+    value = -shown["loss"] if metric == "loss" else shown[metric]
+    value = -math.inf if math.isnan(value) else value
     if not now.best or value > now.best["value"]:
-        now.best = {**now.last, "value": value if value == value else float("-inf")}
+        now.best = {**now.last, "value": value}
         now.remember_best()
 
 
 def in_words(found: Metrics, of: str = "") -> str:
-    several = "" if found.map is None else f"mean average precision {found.map:.4f}, all labels right in "
-    return f"{several}{'' if of or several else 'accuracy '}{100 * found.accuracy:.2f} %{of}, loss {found.loss:.4f}"
+    precision = "" if found.map is None else f"mean average precision {found.map:.4f}, "
+    return f"{precision}{'' if of else 'accuracy '}{100 * found.accuracy:.2f} %{of}, loss {found.loss:.4f}"
 
 
 def stop(now: State, run: Run, number) -> None:

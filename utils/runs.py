@@ -110,7 +110,7 @@ class Run:
                 self.exported[kind] = header
                 continue
             if not known:
-                header = {**header, "step": now.step, "accuracy": {}}
+                header = {"step": now.step, "command": self.command, "accuracy": {}}  # nobody has scored these
             log.info("%s.safetensors is written again, from the state.", kind)
             self._export(kind, header, now)
 
