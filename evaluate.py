@@ -21,6 +21,7 @@ from utils.batches import EvalBatches
 from utils.commands import add_shared, check_free, opened, run
 from utils.data import Data, Split
 from utils.evaluation import Outputs, report, stream
+from utils.runs import data_of
 from utils.settings import Parser
 from utils.step import choose_device
 from utils.tables import as_text, some
@@ -40,37 +41,38 @@ def load_data(args, trained: Trained) -> Data:
 
     Paths come from the command line or from the run's own settings.json, never out of a weights file.
     """
-    stored = _settings(Path(args.checkpoint))
     dataset, labels = args.dataset, args.labels
+    stored = _settings(Path(args.checkpoint), needed=not dataset and not labels)
     if not dataset and not labels:
         if not stored:
             folder = Path(args.checkpoint).parent
             hint = f", or give the folder of its run, {folder}" if (folder / "settings.json").is_file() else ""
             raise ValueError(f"{args.checkpoint} does not lead to any images: say which, with --dataset{hint}.")
-        dataset, labels = stored["dataset"], stored.get("labels")
+        dataset, labels = stored["dataset"], stored["labels"]
         for path in ([dataset] if dataset not in data.NAMED else []) + ([labels] if labels else []):
             if not Path(path).exists():
-                raise ValueError(f"{args.checkpoint} was trained on {path}, which is not here (a relative path counts "
-                                 f"from the current folder): say with --dataset{' and --labels' * bool(labels)} where "
-                                 "it is.")
+                raise ValueError(f"{args.checkpoint} was trained on {path}, which is not there: say with "
+                                 f"--dataset{' and --labels' * bool(labels)} where it is.")
     drawn = stored or trained.about.get("settings") or {}
     return data.load(dataset or str(Path(labels).parent), data_dir=args.data_dir or stored.get("data_dir") or "data",
                      labels=labels, val_fraction=drawn.get("val_fraction", 0.0), seed=drawn.get("seed", 42),
                      in_chans=trained.model.config.in_chans)
 
 
-def _settings(folder: Path) -> dict:
-    """Those of a run's folder; {} for anything else. ValueError: they are damaged."""
+def _settings(folder: Path, needed: bool) -> dict:
+    """Those of a run's folder; {} for anything else. ValueError: they are needed, and damaged."""
     file = folder / "settings.json"
     if not file.is_file():
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings["dataset"], str):
-            return settings
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{file} is damaged: say which images, with --dataset.")
+            return settings | data_of(settings, settings.get("where", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.debug("%s: %s", file, error)
+    if needed:
+        raise ValueError(f"{file} is damaged: say which images, with --dataset.")
+    return {}
 
 
 def part_of(dataset: Data, name: str) -> Split:
@@ -230,11 +232,11 @@ def evaluate(args) -> int:
     found = {"model": str(trained), "data": f"{dataset.name}, {part}", "images_per_second": speed,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
              **report(said, split.classes, known), **(real_accuracy(said, real) if real else {}), "skipped": skipped}
-    print(as_text(found))
-    if args.output:
+    if args.output:  # before the report, whose reader (`| head`) may leave
         with opened(args.output) as file:
             write_rows(file, split, said) if kind == ".csv" else write_report(file, found)
         log.info("%s is written.", args.output)
+    print(as_text(found))
     if skipped:
         log.warning("%d of %d images could not be read and are not counted.", len(skipped), len(split))
     return int(bool(skipped))

@@ -143,6 +143,8 @@ WRITERS = {"table": table_writer, "jsonl": jsonl_writer, "csv": csv_writer}
 def predict(args) -> int:
     """From the arguments to the last line; the exit code."""
     check_free(args.output, args.overwrite)
+    if args.output and not args.format and Path(args.output).suffix not in FORMATS:
+        raise ValueError(f"--output {args.output}: expected the ending {', '.join(FORMATS)}, or --format.")
     files = find_images(args.images)
     device = choose_device(args.device)
     trained = open_trained(args.checkpoint, device, weights=args.weights, img_size=args.img_size,

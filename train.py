@@ -14,12 +14,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils import data, distributed, preflight
 from utils.batches import EvalBatches, TrainBatches, resident
+from utils.commands import start_log
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
 from utils.evaluation import Metrics, evaluate
 from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.losses import make_criterion
-from utils.opening import open_run
+from utils.opening import best_by, open_run
 from utils.optim import lr_at, make_optimizer
 from utils.progress import Progress
 from utils.runs import Run, full
@@ -51,16 +52,17 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     opened = open_run(flags)
     settings = opened.settings
     device = choose_device(settings.device, world.local_rank if world.size > 1 else settings.local_rank)
-    precision = choose_precision(settings, device)
+    precision = choose_precision(opened.computing(), device)
     if settings.deterministic:
         make_deterministic()
     with world.first():  # which may download the data
-        dataset = data.load(settings.dataset, data_dir=settings.data_dir, labels=settings.labels, seed=settings.seed,
-                            val_fraction=settings.val_fraction, in_chans=opened.config.in_chans)
+        dataset = data.load(**opened.where, seed=settings.seed, val_fraction=settings.val_fraction,
+                            in_chans=opened.config.in_chans)
     dataset = preflight.check_data(dataset, settings, opened.size)
-    opened.check_same(dataset, device, precision)
+    opened.check_same(dataset, device, precision, world.size)
     model, origin = opened.build_model(len(dataset.train.classes))
-    preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, world.size)
+    preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, world.size,
+                        opened.step)
     preflight.check_room(settings, model, opened.folder)
     if settings.dry_run:
         preflight.dry_run(settings, dataset, model, device, precision, opened.folder, world.size)
@@ -70,7 +72,7 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
                                momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
     now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale))
     opened.restore(now)  # before anything is written
-    about = opened.about(dataset, model, origin, batches.training_view, device, precision)
+    about = opened.about(dataset, model, origin, batches.training_view, device, precision, world.size)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:
         largest = dataset.train.labels.bincount().max() / len(dataset.train) if not dataset.train.multi_label else 0
@@ -81,45 +83,46 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
                             start=opened.step, diagnosis=diagnosis)
         opened.resume(run, now, progress)
         criterion = make_criterion(dataset.train, settings.label_smoothing, settings.class_weights)
-        fit(settings, now, run, progress, batches, selection, precision, criterion, world)
-        return finish(now, run, progress, selection, test, world)
+        with Interrupt() as interrupt:
+            fit(settings, now, run, progress, batches, selection, precision, criterion, world, interrupt)
+            return finish(now, run, progress, selection, test, world, interrupt)
 
 
 def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: TrainBatches, selection: EvalBatches,
-        precision: torch.dtype, criterion, world: World) -> None:
+        precision: torch.dtype, criterion, world: World, interrupt: Interrupt) -> None:
     """The loop: evaluate, save, stop, update, in this order, so that a run that goes on from `now` takes the same turns
     as one that never stopped. There is one turn more than there are updates."""
-    metric = ("map" if selection.split.multi_label else "accuracy") if settings.metric == "auto" else settings.metric
+    metric = best_by(settings, selection.split)
     stream = batches.stream(range(now.step, settings.num_steps))
-    with Interrupt() as interrupt:
-        while True:
-            at_end = now.step == settings.num_steps
-            due = now.step and (at_end or now.step % settings.eval_every == 0) and now.last.get("step") != now.step
-            if due:
-                with progress.paused(), suppress(Interrupted):
-                    found = evaluate(now.model, selection, torch.float32 if at_end else precision, world=world,
-                                     scores=metric == "map", stop=interrupt.check if world.size == 1 else None)
-                    remember(now, run, selection.name, found, metric)
-                    progress.say(f"{selection.name} {in_words(found)}")
-            asked = [interrupt.signal == number for number in EXIT]
-            *asked, save = world.any(*asked, run.save_is_due(now.step, settings.save_every))
-            if due or save or any(asked):
-                with progress.paused():
-                    run.save(now, progress)
-            if any(asked):
-                stop(now, run, list(EXIT)[asked.index(True)])
-            if at_end:
-                break
-            images, labels = progress.next(stream)
-            lr = lr_at(now.step, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
-                       decay=settings.decay_type)
-            now.step += 1
-            with attention_kernel(now.model, batches.device, precision):
-                result = train_step(now.model, now.optimizer, now.scaler, images, labels, lr=lr, precision=precision,
-                                    micro_batches=settings.gradient_accumulation_steps, criterion=criterion,
-                                    max_grad_norm=settings.max_grad_norm, world=world,
-                                    dropout_seed=(settings.seed, now.step, world.rank))
-            progress.add(now.step, lr, result)
+    while True:
+        at_end = now.step == settings.num_steps
+        due = now.step and (at_end or now.step % settings.eval_every == 0) and now.last.get("step") != now.step
+        if due:
+            with progress.paused(), suppress(Interrupted):
+                found = evaluate(now.model, selection, torch.float32 if at_end else precision, world=world,
+                                 scores=metric == "map", stop=interrupt.check if world.size == 1 else None)
+                remember(now, run, selection.name, found, metric)
+                progress.say(f"{selection.name} {in_words(found)}")
+        asked = [interrupt.signal == number for number in EXIT]
+        *asked, save = world.any(*asked, run.save_is_due(now.step, settings.save_every))
+        if due or save or any(asked):
+            with progress.paused():
+                run.save(now, progress)
+        if any(asked):
+            progress.close()
+            stop(now, run, list(EXIT)[asked.index(True)])
+        if at_end:
+            break
+        images, labels = progress.next(stream)
+        lr = lr_at(now.step, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
+                   decay=settings.decay_type)
+        now.step += 1
+        with attention_kernel(now.model, batches.device, precision):
+            result = train_step(now.model, now.optimizer, now.scaler, images, labels, lr=lr, precision=precision,
+                                micro_batches=settings.gradient_accumulation_steps, criterion=criterion,
+                                max_grad_norm=settings.max_grad_norm, world=world,
+                                dropout_seed=(settings.seed, now.step, world.rank))
+        progress.add(now.step, lr, result)
     progress.close()
 
 
@@ -148,20 +151,32 @@ def stop(now: State, run: Run, number) -> None:
     raise SystemExit(EXIT[number])
 
 
-def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, test: EvalBatches, world: World) -> dict:
+def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, world: World, interrupt: Interrupt) -> None:
+    """The last and the best weights on the test set, in float32. Interrupted: a signal has come; nothing was logged."""
+    check = interrupt.check if world.size == 1 else None
+    chosen_on_test = selection is test
+    last = Metrics(*(now.last[name] for name in Metrics._fields)) if chosen_on_test else evaluate(
+        now.model, test, world=world, stop=check)  # the loop's last evaluation was in float32, too
+    best = last
+    if now.best["step"] != now.step:
+        with now.best_in_place():
+            best = evaluate(now.model, test, world=world, stop=check)
+    if not chosen_on_test:
+        run.log(now.step, test_accuracy=last.accuracy, test_loss=last.loss)
+    run.log(now.best["step"], best_test_accuracy=best.accuracy, best_test_loss=best.loss)
+    now.finished = {"last": last._asdict(), "best": best._asdict()}
+
+
+def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, test: EvalBatches, world: World,
+           interrupt: Interrupt) -> dict:
     """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
-    if not now.finished:
-        chosen_on_test = selection is test
-        last = Metrics(*(now.last[name] for name in Metrics._fields)) if chosen_on_test else evaluate(
-            now.model, test, world=world)  # the loop's last evaluation was in float32, too
-        best = last
-        if now.best["step"] != now.step:
-            with now.best_in_place():
-                best = evaluate(now.model, test, world=world)
-        if not chosen_on_test:
-            run.log(now.step, test_accuracy=last.accuracy, test_loss=last.loss)
-        run.log(now.best["step"], best_test_accuracy=best.accuracy, best_test_loss=best.loss)
-        now.finished = {"last": last._asdict(), "best": best._asdict()}
+    if now.finished:
+        log.info("finished already: more --num_steps would go on")
+    else:
+        try:
+            score(now, run, selection, test, world, interrupt)
+        except Interrupted:
+            stop(now, run, interrupt.signal)
         run.save(now, progress)
     scores = {kind: Metrics(**now.finished[kind]) for kind in ("last", "best")}
     part = "this same test set" if selection is test else "the held-out part"
@@ -187,9 +202,7 @@ def main(argv: list[str] | None = None) -> dict:
     """The command line. An error is one sentence and exit code 2; --debug shows its traceback."""
     argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.ERROR if rank else logging.INFO,
-                        force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_log(sys.stdout, logging.ERROR if rank else logging.INFO)
     flags = given(argv)
     try:
         use_cuda = torch.cuda.is_available() and flags.get("device") != "cpu"

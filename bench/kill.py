@@ -1,8 +1,8 @@
 """Kills a run again and again, continues it each time, and compares it with one that was left alone.
 
-`python bench/kill.py --kills 20`: SIGKILL at random moments and, every other time, while a state is being written; then
-SIGTERM twice. Weights, optimiser state, what is known of best and last, and every line of metrics.jsonl have to be
-equal to the bit (wall times and throughputs apart). `--processes 2` starts torchrun.
+`python bench/kill.py --kills 20`: SIGKILL at random moments of its running (8 of 20), of its start-up (4), and while a
+state is being written (8); then SIGTERM twice. Weights, optimiser state, what is known of best and last, and every line
+of metrics.jsonl have to be equal to the bit (wall times and throughputs apart). `--processes 2` starts torchrun.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+MOMENTS = ("running", "saving", "running", "saving", "starting")
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"--model_type": "ViT-demo", "--dataset": "digits", "--img_size": 16, "--num_steps": 60, "--warmup_steps": 5,
          "--train_batch_size": 16, "--gradient_accumulation_steps": 2, "--dropout": 0.1, "--eval_every": 14,
@@ -55,33 +56,37 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> bool
     return False
 
 
-def kill_once(output: Path, number: signal.Signals, in_save: bool, processes: int, flags: dict,
+def kill_once(output: Path, number: signal.Signals, moment: str, processes: int, flags: dict,
               rng: random.Random) -> str:
-    """Continues the run and kills it: while it saves for the first to third time, or up to 12 updates after its first,
-    at any moment of one (an evaluation and a saving may fall into it)."""
+    """Continues the run and kills it: while it starts, saves (for the first to third time), or runs: up to 12 updates
+    after its first, at any moment of one (an evaluation and a saving may fall into it). RuntimeError: it ended before.
+    """
     folder, opened = output / "killed", time.time()
     metrics, part = folder / "metrics.jsonl", folder / "state.pt.part"
     process = start(output, "killed", processes, flags, "--resume", "auto")
-    wait_for(lambda: metrics.exists() and metrics.stat().st_mtime > opened, process)
-    if in_save:
+    if moment == "starting":
+        time.sleep(rng.uniform(0, 4))
+    else:
+        wait_for(lambda: metrics.exists() and metrics.stat().st_mtime > opened, process)
+    if moment == "saving":
         for _ in range(rng.randint(0, 2)):
             wait_for(part.exists, process)
             wait_for(lambda: not part.exists(), process)
         wait_for(part.exists, process)
-    else:
+    elif moment == "running":
         target = last_step(metrics) + rng.randint(1, 12)
         wait_for(lambda: last_step(metrics) >= target, process)
-        time.sleep(rng.uniform(0, 0.2))
-    if process.poll() is None:
-        os.kill(victim(process, processes, rng), number)
+        time.sleep(rng.uniform(0, 0.1))
+    if process.poll() is not None:
+        raise RuntimeError("The run had ended before it was killed: give it more --num_steps.")
+    os.kill(victim(process, processes, rng), number)
     code = process.wait()
-    saving = "while saving" if part.exists() else ""
-    return f"{number.name} near step {last_step(metrics):3d}, exit code {code} {saving}".rstrip()
+    return f"{number.name} while {moment}, near step {last_step(metrics):3d}: exit code {code}"
 
 
 def last_step(metrics: Path) -> int:
-    """That of the last whole line."""
-    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    """That of the last whole line; 0 before the first."""
+    lines = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
@@ -118,7 +123,10 @@ def ordeal(output: Path, kills: int, terms: int, processes: int = 1, seed: int =
         raise RuntimeError(f"The untouched run ended with {code}:\n{(output / 'untouched.log').read_text()[-2000:]}")
     for n in range(kills + terms):
         number = signal.SIGKILL if n < kills else signal.SIGTERM
-        say(f"{n + 1:3d}  {kill_once(output, number, n % 2 == 1 and n < kills, processes, flags, rng)}")
+        moment = MOMENTS[n % len(MOMENTS)] if n < kills else "running"
+        if processes > 1 and moment == "starting":  # torchrun itself would be killed, and leave its children behind
+            moment = "running"
+        say(f"{n + 1:3d}  {kill_once(output, number, moment, processes, flags, rng)}")
     if (code := start(output, "killed", processes, flags, "--resume", "auto").wait()) != 0:
         raise RuntimeError(f"The last run ended with {code}:\n{(output / 'killed.log').read_text()[-2000:]}")
     return differences(output / "untouched", output / "killed")

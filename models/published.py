@@ -152,6 +152,7 @@ def published_name(path: Path) -> str:
     """`checkpoint/ViT-B_16.npz` -> `imagenet21k/ViT-B_16`, the name in the bucket.
 
     ValueError: no published name; the nearest ones are listed, and for a model's bare name its AugReg files.
+    FileNotFoundError: nor that, but a file that lies beside has nearly this name.
     """
     if path.suffix != ".npz":
         raise FileNotFoundError(f"There is no file {path}. Only Google's .npz files are fetched.")
@@ -162,6 +163,9 @@ def published_name(path: Path) -> str:
     name = f"{folder}/{stem}"
     if name in SIZES or name in GOOGLE_ONLY:
         return name
+    beside = {file.name.lower(): file for file in path.parent.glob("*.npz")}
+    if near := difflib.get_close_matches(path.name.lower(), beside, n=1, cutoff=0.85):
+        raise FileNotFoundError(f"There is no file {path}. Did you mean {beside[near[0]]}?")
     known = sorted({*SIZES, *SAME_WEIGHTS, *GOOGLE_ONLY})
     model = stem.replace("+ViT-", "_").removeprefix("ViT-")
     names = [candidate for candidate in known if candidate.startswith(f"augreg/{model}-")]

@@ -59,7 +59,7 @@ def world(tmp_path_factory):
         patch.chdir(root)
         train.main((NEW + "--dataset images --name run --save_every 2").split())
         train.main((NEW + "--dataset two --name two").split())
-    return root
+    return root.rename(root.with_name("moved"))  # so that the runs find the data beside them, in each copy
 
 
 # --- What a case does to its copy of the world before the command ----------------------------------------------------

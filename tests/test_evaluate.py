@@ -271,7 +271,7 @@ def test_paths_in_a_file_s_header_are_never_followed(run, tmp_path, capsys):
 
 def test_data_that_moved_is_asked_for(run, image_folder, score, capsys):
     image_folder.rename(image_folder.with_name("moved"))
-    assert f"was trained on {image_folder}, which is not here" in refused(capsys, run)
+    assert f"was trained on {image_folder}, which is not there" in refused(capsys, run)
     assert score(run, "--dataset", image_folder.with_name("moved"))[0]["images"] == 12
 
 

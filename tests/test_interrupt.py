@@ -15,8 +15,8 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number, capfd):
     with Interrupt() as interrupt:
         interrupt.check()
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # at once: torchrun passes on what the scheduler has sent already
         assert interrupt.signal == number
-        assert all(signal.getsignal(each) == signal.SIG_DFL for each in EXIT)  # so the second one ends the process
         with pytest.raises(Interrupted):
             interrupt.check()
     assert signal.getsignal(number) == before
@@ -31,6 +31,7 @@ def test_the_second_signal_ends_the_process_at_once(number):
         with Interrupt():
             for _ in range(2):
                 os.kill(os.getpid(), int(sys.argv[1]))
+                time.sleep(1.1)
             time.sleep(60)
     """)
     done = subprocess.run([sys.executable, "-c", code, str(int(number))], timeout=30, capture_output=True, text=True)

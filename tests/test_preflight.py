@@ -201,7 +201,7 @@ def test_the_same_pixels_in_another_shape_are_no_copy(tmp_path, said):
     ([9, 0], [1, 1], {}, "1 classes have no training image (b) and will not be predicted"),
     ([500, 9], [1, 1], {}, "1 classes (b) have less than 2 % of the images of the largest, a (500): accuracy hardly"),
     ([500, 9], [1, 1], {"class_weights": "balanced"}, None), ([500, 10], [1, 1], {}, None),
-    ([9, 9, 9], [1, 0, 1], {}, "1 classes of train have no image in the test part (b): its scores say nothing")])
+    ([9, 9, 9], [1, 0, 1], {}, "No image in the test part for 1 of train's classes (b): its scores say nothing")])
 def test_what_the_labels_tell_of_the_classes_is_said(said, train, test, settings, words):
     preflight.check_data(in_memory(train, test), Settings(**settings), (4, 4))
     assert len(warnings_of(said)) == (words is not None) and (words or "") in said.text

@@ -136,3 +136,14 @@ def test_a_stream_that_holds_the_device_up_is_said_once(wait, said, monkeypatch,
     told = [record.getMessage() for record in caplog.records if "% of the last 50 steps' time the device waited"
             in record.getMessage()]
     assert len(told) == said and len(caplog.records) == said
+
+
+def test_a_log_without_a_bar_gives_signs_of_life(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr("utils.progress.time.perf_counter", lambda: clock[0])
+    caplog.set_level("INFO")
+    progress = Progress(Recorder(), 100, 8, scaled=False)
+    for step in range(1, 31):
+        clock[0] += 7
+        progress.add(step, 0.1, result())
+    assert [record.getMessage().split("  ")[0] for record in caplog.records] == ["step 5/100", "step 14/100", "step 23/100"]

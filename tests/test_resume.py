@@ -228,7 +228,7 @@ def test_auto_starts_where_nothing_is_and_continues_where_something_is(start, cu
 def test_auto_starts_a_run_again_that_was_cut_off_before_its_first_state(start, tmp_path, capsys):
     folder = tmp_path / "output" / "run"
     folder.mkdir(parents=True)
-    (folder / "settings.json").write_text("{}")
+    (folder / "settings.json").write_text('{"resolved": {}}')
     (folder / "metrics.jsonl").write_text('{"step": 1, "na')
     assert "has no state.pt" in error_of(capsys, "--resume", folder)
     start("--resume", "auto")
@@ -252,6 +252,7 @@ def test_auto_leaves_an_old_run_without_a_state_alone(start, capsys, tmp_path):
     (["--num_steps", STEPS - 1], f"--num_steps {STEPS} -> {STEPS - 1}"), (["--dropout", 0.2], "--dropout 0.1 -> 0.2"),
     (["--val_fraction", 0.2], "--val_fraction 0.0 -> 0.2"), (["--bf16"], "--bf16 False -> True"),
     (["--overwrite"], "Choose one"), (["--name", "other"], "name two runs"), (["--metric", "loss"], "auto -> loss"),
+    (["--pretrained_dir", "other.npz"], "tiny.npz -> other.npz"),
     (["--model_type", "ViT-B_16"], "--model_type auto -> ViT-B_16"),
     (["--gradient_accumulation_steps", 5], "cannot be split")])
 def test_a_changed_setting_is_listed_and_refused(flags, words, cut, capsys):
@@ -265,7 +266,8 @@ def test_what_is_free_may_change_and_what_is_given_again_need_not(start, cut, im
     whole, folder = start(name="whole"), cut(5)
     shutil.move(image_folder, tmp_path / "elsewhere")
     resume(folder, "--eval_every", 5, "--eval_batch_size", 3, "--num_workers", 1, "--dataset", tmp_path / "elsewhere",
-           "--learning_rate", 0.1, "--img_size", 16, "--model_type", "custom", "--save_every", 2)
+           "--learning_rate", 0.1, "--img_size", 16, "--model_type", "custom", "--save_every", 2, "--name", "run",
+           "--metric", "accuracy", "--pretrained_dir", "elsewhere/tiny.npz", "--output_dir", f"{folder.parent}/")
     rest = set(differences(whole["folder"], folder))
     assert rest <= {"last", "best", "best_weights", "finished"} | {d for d in rest if d.startswith("metrics.jsonl")}
     assert [step for step, name, _ in lines_of(folder) if name == "test/accuracy"] == [4, 5, 10, STEPS]
@@ -371,8 +373,8 @@ def test_another_number_of_threads_is_said(cut, capsys):
         resume(folder)
     finally:
         torch.set_num_threads(before)
-    words = f"began with {before} threads, here are 3: from here on it is equal up to rounding"
-    assert words in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "equal to an unbroken one up to rounding only" in out and f"threads {before} then, 3 now" in out
 
 
 def test_a_deterministic_run_asks_pytorch_for_it(start, monkeypatch):
@@ -403,6 +405,101 @@ def test_what_is_not_there_is_said_before_weights_are_looked_for(start, capsys, 
 
 def test_a_device_that_computes_in_another_type_is_refused(cut, capsys, monkeypatch):
     folder = cut(3, "--precision", "bf16")
-    monkeypatch.setattr("utils.opening.SHORT", {"bfloat16": "fp32"})  # as if this one had no bfloat16
+    monkeypatch.setattr("utils.opening.SHORT", {"bfloat16": "fp32"})  # as if this one had no bfloat16 at all
     assert "computes in bfloat16, and this device in float32: continue it where it began" in error_of(
         capsys, "--resume", folder)
+
+
+@pytest.mark.parametrize("flags", [["--precision", "auto"], ["--precision", "auto", "--bf16"],
+                                   ["--precision", "auto", "--fp16"], ["--precision", "bf16"]])
+def test_the_same_command_can_be_launched_again_and_again(flags, start, cut):
+    """As a scheduler does: the settings that are stored stay those that were given."""
+    one = ["--gradient_accumulation_steps", 1]
+    whole = start(*flags, *one, name="whole")
+    for step in (3, 6, 10):
+        folder = cut(step, "--resume", "auto", *flags, *one)
+        kept = json.loads((folder / "settings.json").read_text())
+        assert kept["precision"] == flags[1] and kept["bf16"] == ("--bf16" in flags)
+    assert differences(whole["folder"], start("--resume", "auto", *flags, *one)["folder"]) == []
+
+
+def test_the_resolved_words_are_the_flags_words(start, cut):
+    folder = cut(3, "--precision", "auto", "--device", "auto")
+    resolved = json.loads((folder / "settings.json").read_text())["resolved"]["precision"]
+    assert resume(folder, "--precision", {"bfloat16": "bf16", "float32": "fp32"}[resolved])["last"].images == 12
+
+
+def test_a_run_goes_on_from_any_folder(start, cut, image_folder, tmp_path, monkeypatch, capsys):
+    """Its paths were relative to another one; they are in its own files, and not in the header of its weights."""
+    monkeypatch.chdir(tmp_path)
+    folder = cut(5, "--dataset", "images", "--pretrained_dir", "tiny.npz")
+    monkeypatch.chdir("/")
+    resume(folder)
+    import evaluate
+    evaluate.main([str(folder)])
+    assert "top-1" in capsys.readouterr().out
+    assert json.loads((folder / "settings.json").read_text())["where"]["dataset"] == str(image_folder)
+    assert str(tmp_path) not in json.dumps(exchange.read_metadata(folder / "last.safetensors")["settings"]["dataset"])
+    assert "where" not in exchange.read_metadata(folder / "last.safetensors")
+    shutil.move(image_folder, tmp_path / "moved")
+    message = error_of(capsys, "--resume", folder)
+    assert "is not where it was" in message and "--dataset" in message
+
+
+def test_a_fall_back_keeps_the_sound_generation(start, cut):
+    folder = cut(10, "--save_every", 3)
+    (folder / "state.pt").write_bytes(b"x")
+    cut(11, "--resume", "auto", number=None)  # from step 9, killed before its first saving
+    assert not (folder / "state.pt").exists() and (folder / "state.previous.pt").exists()
+    cut(13, "--resume", "auto", number=None)
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 12
+    assert torch.load(folder / "state.previous.pt", weights_only=True)["step"] == 9
+
+
+def test_the_tensors_of_the_state_do_not_stay_in_memory(start, cut, monkeypatch):
+    folder, opened, real = cut(5), [], train.open_run
+    monkeypatch.setattr(train, "open_run", lambda flags: opened.append(real(flags)) or opened[0])
+    resume(folder)
+
+    def tensors(value):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return isinstance(value, torch.Tensor) + sum(map(tensors, inside))
+    assert opened[0].step == 5 and tensors(opened[0].content) == 0
+    assert tensors(torch.load(folder / "state.pt", weights_only=True)) > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_final_scoring_leaves_it_to_the_run_that_continues(number, start, monkeypatch, capsys):
+    flags = ("--val_fraction", 0.25, "--eval_batch_size", 2)
+    whole, real = start(*flags, name="whole"), train.score
+
+    def score(*args):
+        os.kill(os.getpid(), number)
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score", score)
+        with pytest.raises(SystemExit) as stop:
+            start(*flags)
+    assert stop.value.code == 128 + number and f"stopped after step {STEPS}, which is saved" in capsys.readouterr().out
+    folder = whole["folder"].with_name("run")
+    assert resume(folder)["last"] == whole["last"] and differences(whole["folder"], folder) == []
+
+
+def test_auto_leaves_a_folder_alone_that_is_no_run(start, tmp_path, capsys):
+    folder = tmp_path / "output" / "run"
+    (folder / "tensorboard").mkdir(parents=True)
+    for name in ("tensorboard/mine", "metrics.jsonl", "settings.json", "download.part"):
+        (folder / name).write_text("mine")
+    with pytest.raises(SystemExit):
+        start("--resume", "auto")
+    assert "holds a run already" in capsys.readouterr().err
+    assert all((folder / name).read_text() == "mine" for name in ("tensorboard/mine", "settings.json", "download.part"))
+
+
+def test_a_wrong_folder_is_told_from_the_right_one(cut, tmp_path, capsys, monkeypatch):
+    folder = cut(3)
+    monkeypatch.chdir(tmp_path)
+    assert f"There is no run at run. Did you mean {Path('output/run')}?" in error_of(capsys, "--resume", "run")
+    assert "output is no run but holds some: give one of them, such as --resume output/run" in error_of(
+        capsys, "--resume", "output")
+    assert folder.is_dir()

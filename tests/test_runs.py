@@ -13,7 +13,7 @@ from utils.step import make_scaler
 
 
 def about(**settings):
-    return {"settings": settings, "classes": ["a", "b", "c", "d", "e"]}
+    return {"settings": settings, "where": {"dataset": "digits"}, "classes": ["a", "b", "c", "d", "e"]}
 
 
 def state_of(model, step=7, **found):
@@ -37,7 +37,8 @@ def test_metrics_are_one_line_an_event_and_go_to_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
     assert events.Scalars("train/loss")[0].value == 0.5 and events.Scalars("train/loss")[0].step == 3
-    assert json.loads((tmp_path / "a" / "settings.json").read_text()) == {"seed": 1, "command": "python train.py"}
+    assert json.loads((tmp_path / "a" / "settings.json").read_text()) == {
+        "seed": 1, "where": {"dataset": "digits"}, "command": "python train.py"}
 
 
 def test_tensorboard_shows_a_step_that_was_repeated_once(tmp_path):

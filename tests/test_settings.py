@@ -46,6 +46,10 @@ def test_the_papers_recipe_fills_defaults_and_what_is_given_by_hand_wins():
 
 
 def test_a_mistyped_flag_names_the_nearest_one(capsys):
+    assert error_of(capsys, "--lr", "3") == "error: There is no flag --lr: did you mean --learning_rate?\n"
+    assert error_of(capsys, "--epochs", "3") == "error: There is no flag --epochs: did you mean --num_steps?\n"
+    assert error_of(capsys, "--zebra", "3") == "error: There is no flag --zebra. See --help.\n"
+    assert error_of(capsys, "photos") == "error: There is no argument 'photos' without a flag. See --help.\n"
     assert error_of(capsys, "--num_step", "3") == "error: There is no flag --num_step: did you mean --num_steps?\n"
     assert error_of(capsys, "--learning-rates=3") == (
         "error: There is no flag --learning_rates: did you mean --learning_rate?\n")

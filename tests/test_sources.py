@@ -246,3 +246,10 @@ def test_a_short_augreg_name_is_refused_with_the_candidates(server, tmp_path, sh
         sources.fetch(tmp_path / short)
     names = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert len(names) > 3 and all(name.startswith("augreg/B_16-") for name in names) and not server.asked
+
+
+def test_a_typo_finds_the_file_that_lies_beside(tmp_path):
+    (tmp_path / "ViT-demo.npz").write_bytes(b"x")
+    for name in ("ViT_demo.npz", "Vit-demo.npz", "ViT-dem.npz"):
+        with pytest.raises(FileNotFoundError, match=r"Did you mean .*ViT-demo\.npz\?$"):
+            sources.fetch(tmp_path / name)

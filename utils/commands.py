@@ -17,6 +17,21 @@ from utils.settings import Parser, image_size
 from utils.state import replacing
 
 
+class Marked(logging.Formatter):
+    """The message alone, with a word before it where it is a warning."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "warning: " * (record.levelno >= logging.WARNING) + super().format(record)
+
+
+def start_log(stream: TextIO, level: int = logging.INFO) -> None:
+    """Sends the log of this process there, and the chatter of libraries nowhere."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Marked())
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
 def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
@@ -78,8 +93,7 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 
     An error is one or two sentences and exit code 2 (--debug: its traceback); Ctrl-C is 130.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_log(sys.stderr)
     try:
         with logging_redirect_tqdm():
             code = work(args)

@@ -1,6 +1,8 @@
 """Flags -> what a run starts from: settings, folder, model and weights, of a new run or of one that is continued."""
 
+import json
 import logging
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,16 +13,15 @@ from models import configs, exchange, huggingface, sources
 from models.fill import with_channels
 from models.modeling import VisionTransformer
 from utils import state
-from utils.data import Data, View, check_there
+from utils.data import NAMED, Data, Split, View, check_there
 from utils.optim import lr_at
 from utils.progress import Progress
-from utils.runs import Run, check_free, sha256, weights_of
-from utils.settings import Settings, proceed, resolve
+from utils.runs import PATHS, Run, check_free, data_of, sha256, weights_of
+from utils.settings import SHORT, Settings, proceed, resolve
 from utils.state import State
 
 log = logging.getLogger(__name__)
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Settings which, changed on the way, change the numbers that follow; what is said of them.
 CHANGES = {"num_steps": ": the learning rate is planned anew from here, and this is no longer the run that it was",
            "gradient_accumulation_steps": ": equal up to rounding, with dropout other masks"}
@@ -34,6 +35,7 @@ class Opening:
     config: FrozenConfigDict
     size: tuple[int, int]
     weights: Path | None        # None: from scratch, or in `content`
+    where: dict[str, str | None]  # the absolute paths of PATHS, so that the current folder may be another one next time
     content: dict | None = None  # the state that is continued; None: a new run
     changed: dict | None = None  # settings that are others than before, {name: (before, now)}
 
@@ -49,19 +51,27 @@ class Opening:
         file = huggingface.weights_in(self.weights) if self.weights.is_dir() else self.weights
         return model, {"name": self.weights.name, "sha256": sha256(file)}
 
-    def check_same(self, dataset: Data, device: torch.device, precision: torch.dtype) -> None:
-        """ValueError: the data, or what the device computes in, is not what the run began with."""
+    def computing(self) -> Settings:
+        """The settings with the precision that the run began with, on whatever machine it goes on."""
+        if not self.content:
+            return self.settings
+        resolved = self.content["about"]["settings"]["resolved"]
+        return replace(self.settings, precision=SHORT[resolved["precision"]], fp16=False, bf16=False)
+
+    def check_same(self, dataset: Data, device: torch.device, precision: torch.dtype, processes: int) -> None:
+        """ValueError: the data, or what the device computes in, is not what the run began with. A warning: it computes
+        with others, so that the sums have another order."""
         if not self.content:
             return
         about, resolved = self.content["about"], self.content["about"]["settings"]["resolved"]
         if (now := str(precision).removeprefix("torch.")) != (then := resolved["precision"]):
             raise ValueError(f"{self.folder} computes in {then}, and this device in {now}: continue it where it began.")
-        if not resolved["device"].startswith(device.type):
-            log.warning("This run began on another kind of device: from here on it is equal up to rounding only.")
-        elif device.type == "cpu" and resolved["threads"] != torch.get_num_threads():
-            log.warning("This run began with %d threads, here are %d: from here on it is equal up to rounding only "
-                        "(OMP_NUM_THREADS=%d would keep its bits).", resolved["threads"], torch.get_num_threads(),
-                        resolved["threads"])
+        here = computes_with(device, processes)
+        others = [f"{name} {resolved.get(name)} then, {now} now" for name, now in here.items()
+                  if now != resolved.get(name)]
+        if others:
+            log.warning("From here on this run is equal to an unbroken one up to rounding only, with dropout not even "
+                        "that: %s.", "; ".join(others))
         if about["fingerprint"] == dataset.fingerprint():
             return
         before, there = about["classes"], list(dataset.train.classes)
@@ -70,22 +80,22 @@ class Opening:
         raise ValueError(f"The data is not that with which {self.folder} began ({what}). Bring it back (--dataset says "
                          "where it is), or start another run.")
 
-    def about(self, dataset: Data, model, origin: dict, view: View, device, precision: torch.dtype) -> dict:
+    def about(self, dataset: Data, model, origin: dict, view: View, device: torch.device, precision: torch.dtype,
+              processes: int) -> dict:
         """What a run says of itself in its state and in the header of its weights, scores apart; plain values."""
         if self.content:
             before = self.content["about"]
             changes = {name: now for name, (_, now) in self.changed.items() if name in CHANGES}
             continued = [*before["settings"].get("continued", ()), {"step": self.step, **changes}]
             now = {**asdict(self.settings), "resolved": before["settings"]["resolved"]}
-            return {**before, "settings": {**now, "continued": continued}}
+            return {**before, "where": self.where, "settings": {**now, "continued": continued}}
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
-                    "in_chans": model.config.in_chans, "device": str(device), "threads": torch.get_num_threads(),
-                    "dropout": model.config.dropout_rate,
+                    "in_chans": model.config.in_chans, "dropout": model.config.dropout_rate,
                     "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
-                    **asdict(view)}
+                    "metric": best_by(self.settings, dataset.train), **computes_with(device, processes), **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
         return {"classes": list(dataset.train.classes), "finetuned_from": origin, "fingerprint": dataset.fingerprint(),
-                "settings": {**asdict(self.settings), "resolved": resolved}, **several}
+                "settings": {**asdict(self.settings), "resolved": resolved}, "where": self.where, **several}
 
     @property
     def step(self) -> int:
@@ -108,11 +118,15 @@ class Opening:
                 now.restore(self.content)
             except ValueError as error:
                 raise ValueError(f"{self.folder}/{state.NEWEST} {error}.") from error
+            for name in ("weights", "optimizer", "best_weights"):  # they would stay in memory as long as the run
+                del self.content[name]
 
     def resume(self, run: Run, now: State, progress: Progress) -> None:
         """Brings a run's folder and what follows it to the state `now`, and says what is not as it was."""
         if not self.content:
             return
+        if run.writes:
+            state.settle(run.folder, self.content)
         progress.load_state_dict(self.content["progress"])
         log.info("%-8s from step %d of %d", "resumed", now.step, self.settings.num_steps)
         for name in CHANGES.keys() & self.changed.keys():
@@ -125,6 +139,23 @@ class Opening:
             run.log(now.step, run_num_steps=self.settings.num_steps)
             now.finished = {}
         run.mend(now)
+
+
+def computes_with(device: torch.device, processes: int) -> dict:
+    """What decides the order of sums beside the settings."""
+    return {"device": device.type, "processes": processes,
+            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {})}
+
+
+def best_by(settings: Settings, split: Split) -> str:
+    """The metric that chooses `best`."""
+    return settings.metric if settings.metric != "auto" else "map" if split.multi_label else "accuracy"
+
+
+def located(settings) -> dict[str, str | None]:
+    """PATHS as absolute paths; a named set stays a name."""
+    named = {"dataset": settings.dataset} if settings.dataset in NAMED else {}
+    return {name: path and os.path.abspath(path) for name in PATHS for path in [getattr(settings, name)]} | named
 
 
 def choose_model(settings: Settings) -> tuple[FrozenConfigDict, tuple[int, int], Path | None]:
@@ -162,34 +193,52 @@ def open_run(given: dict) -> Opening:
     folder = Path(settings.output_dir) / name
     if resume and state.exists(folder):
         return _continued(folder, given)
-    # A run that was cut off before its first state has nothing to lose: `auto` starts it again.
-    cut_off = bool(resume) and not any(folder.glob("*.safetensors"))
-    check_free(folder, settings.overwrite or cut_off)
-    return Opening(settings, folder, config, size, weights)
+    check_free(folder, settings.overwrite or (resume and was_cut_off(folder)))
+    return Opening(settings, folder, config, size, weights, located(settings))
+
+
+def was_cut_off(folder: Path) -> bool:
+    """Whether it holds a run of ours without anything to lose, as no state was saved: `auto` starts it again."""
+    try:
+        ours = "resolved" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return ours and not any(folder.glob("*.safetensors"))
 
 
 def _continued(folder: Path, given: dict) -> Opening:
     """ValueError: the folder has no sound state, or the flags ask for another run than this one."""
     if not folder.is_dir():
-        raise ValueError(f"There is no run at {folder}." if not folder.exists() else
+        near = Path(given.get("output_dir", "output")) / folder.name
+        hint = f" Did you mean {near}?" if state.exists(near) else ""
+        raise ValueError(f"There is no run at {folder}.{hint}" if not folder.exists() else
                          f"{folder} is a file; --resume takes the folder of a run, or auto.")
     if given.get("overwrite"):
         raise ValueError("--resume continues a run and --overwrite replaces it. Choose one.")
-    for flag, there in (("name", folder.name), ("output_dir", str(folder.parent))):
-        if given["resume"] != "auto" and given.get(flag, there) != there:
-            raise ValueError(f"--resume {folder} and --{flag} {given[flag]} name two runs. Leave --{flag} out.")
+    if "name" in given and given["resume"] != "auto":
+        named = Path(given.get("output_dir", "output")) / given["name"]
+        if named.resolve() != folder.resolve():
+            raise ValueError(f"--resume {folder} and --name {given['name']} name two runs ({named}). Leave --name out.")
     if not state.exists(folder):
+        runs = sorted(run for run in folder.iterdir() if run.is_dir() and state.exists(run))
+        if runs:
+            raise ValueError(f"{folder} is no run but holds some: give one of them, such as --resume {runs[-1]}.")
         raise ValueError(f"{folder} has no {state.NEWEST}: it is no run, or was cut off before its first state was "
                          "saved. Start it again (--overwrite).")
     content = state.read(folder)
     try:
         config, size = exchange.config_in(content["record"]), tuple(content["record"]["img_size"])
         settings, changed = proceed(content["about"]["settings"], given)
+        where = data_of(content["about"]["settings"], content["about"]["where"])
+        where |= {name: path for name, path in located(settings).items() if name in given}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/{state.NEWEST} was written by another version of this toolkit "
                          f"({error.args[0]}).") from error
     if settings.num_steps < content["step"]:
         raise ValueError(f"{folder} is at step {content['step']} already.")
-    precision = SHORT[content["about"]["settings"]["resolved"]["precision"]]
-    settings = replace(settings, precision=precision, fp16=False, bf16=False)  # as it was resolved, on any machine
-    return Opening(settings, folder, config, size, None, content, changed)
+    try:
+        check_there(where["dataset"], where["labels"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"The data of {folder} is not where it was: {error} Say with --dataset where it is "
+                         "now.") from error
+    return Opening(settings, folder, config, size, None, where, content, changed)

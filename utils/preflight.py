@@ -129,7 +129,7 @@ def _check_classes(dataset: Data, settings) -> None:
                     "notices them. Try --class_weights balanced with --metric macro_f1.", *named(rare), 100 * RARE,
                     classes[int(train.argmax())], f"{int(train.max()):,}")
     if ((train > 0) & (test == 0)).any():
-        log.warning("%d classes of train have no image in the test part (%s): its scores say nothing about them.",
+        log.warning("No image in the test part for %d of train's classes (%s): its scores say nothing about them.",
                     *named((train > 0) & (test == 0)))
 
 
@@ -183,8 +183,8 @@ def _some(names: list[str], most: int, comma: str = ", ") -> str:
 # --- The recipe ------------------------------------------------------------------------------------------------------
 
 def summarise(settings, dataset: Data, model, origin: dict, device: torch.device, precision: torch.dtype, folder: Path,
-              processes: int = 1) -> None:
-    """What is about to happen, and what of it looks unwise."""
+              processes: int = 1, step: int = 0) -> None:
+    """What is about to happen, and what of it looks unwise. step: after how many updates a run is continued."""
     s, images = settings, len(dataset.train)
     parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
     held = f", {len(dataset.val):,} val" if dataset.val else ""
@@ -193,7 +193,8 @@ def summarise(settings, dataset: Data, model, origin: dict, device: torch.device
         "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                  f"{model.img_size[0]} x {model.img_size[1]} px, {model.config.in_chans} channels, "
                  f"dropout {model.config.dropout_rate:g}",
-        "weights": f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch",
+        "weights": (f"of step {step}; at first " * bool(step)) + (
+            f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch"),
         "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
                 f"{len(dataset.train.classes)} classes",
         "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
@@ -272,7 +273,7 @@ def dry_run(settings, dataset: Data, model, device: torch.device, precision: tor
                    ("evaluations", f"{-(-s.num_steps // s.eval_every):,}, every {s.eval_every:,} steps and at the end, "
                                    f"on {'val' if dataset.val else 'test'}")],
         "Needs": [("memory", f"about {amount(needs.total)}: " + ", ".join(f"{name} {amount(size)}" for name, size in
-                                                                         zip(needs._fields, needs))),
+                                                                         zip(needs._fields, needs) if size)),
                   ("disk", f"up to {amount(resources.disk(model, s))} of {amount(resources.free_disk(folder))} free")],
         "Settings (* not the default, > chosen here)": _settings(s, dataset, model, device, precision, folder),
     }
@@ -280,7 +281,7 @@ def dry_run(settings, dataset: Data, model, device: torch.device, precision: tor
     for title, lines in sections.items():
         width = max(len(name) for name, _ in lines)
         text += ["", title, *(f"  {name:{width}}  {value}" for name, value in lines)]
-    log.info("\n".join([*text, "", "Nothing was written. Without --dry_run this run starts."]))
+    log.info("\n".join([*text, "", "Nothing was written. Without --dry_run this run would start, or go on."]))
 
 
 def _portrait(split: Split) -> str:

@@ -16,6 +16,7 @@ from utils.step import StepResult
 log = logging.getLogger(__name__)
 
 PATIENCE = 25  # overflows in a row under a loss scale after which it is no longer the scale's search
+SILENCE = 60  # seconds after which a log without a bar says where the run is
 LATE = 4  # steps between an update and the reading of its numbers: the device never waits for the reader
 
 
@@ -36,7 +37,7 @@ class Progress:
         self.loss = self.rate = float("nan")
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
                         disable=None if run.writes else True)
-        self.started = time.perf_counter()
+        self.started = self.spoke = time.perf_counter()
         self.start = self.done = start  # the last step that was read
         self.mark = None   # (step, moment) from which the speed is measured
         self.arrived = self.ended = None  # moments: the batch of the step under way came, the step before it ended
@@ -87,9 +88,10 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays: where the run is, and `text`."""
         left = (time.perf_counter() - self.started) / max(self.done - self.start, 1) * (self.total - self.done)
+        loss = f"loss {self.loss:.4f}  " if self.loss == self.loss else ""  # none before a first step
         speed = f"{self.rate:,.0f} images/s  " if self.rate == self.rate else ""  # none after a first step alone
-        log.info("step %d/%d  loss %.4f  %s  %s%s left", self.done, self.total, self.loss, text, speed,
-                 tqdm.format_interval(left))
+        self.spoke = time.perf_counter()
+        log.info("step %d/%d  %s%s  %s%s left", self.done, self.total, loss, text, speed, tqdm.format_interval(left))
 
     def _tell(self, sentences: list[str]) -> None:
         for sentence in sentences:
@@ -118,6 +120,8 @@ class Progress:
         self.run.log(step, train_loss=loss, train_accuracy=accuracy, train_lr=lr, train_grad_norm=norm, **speed)
         self.loss = loss
         self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.perf_counter() - self.spoke > SILENCE:  # a file, where a bar would not be seen
+            self.say(f"lr {lr:.2e}")
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.rate:,.0f} images/s", refresh=False)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:

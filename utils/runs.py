@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", state.NEWEST, state.PREVIOUS,
          "tensorboard")  # of a run
+PATHS = ("dataset", "labels", "data_dir")  # settings that say where data is
 SAVE_SECONDS = 300  # between two savings of the state where nobody says how many updates
 
 
@@ -56,8 +57,9 @@ class Run:
         try:
             _lock(self.metrics, folder)
             _clear(folder, everything=metrics is None)
+            known = {**about["settings"], "where": about["where"], "command": command}
             with replacing(folder / "settings.json") as file:
-                file.write((json.dumps({**about["settings"], "command": command}, indent=2) + "\n").encode())
+                file.write((json.dumps(known, indent=2) + "\n").encode())
             self.metrics.truncate(kept)  # what was logged after the state was saved will be logged again
             self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         except BaseException:
@@ -127,7 +129,8 @@ class Run:
 
     def _export(self, kind: str, header: dict, now: State) -> None:
         weights = now.best_weights if kind == "best" else None
-        exchange.save(now.model, self.folder / f"{kind}.safetensors", {**self.about, **header, "versions": versions()},
+        about = {name: value for name, value in self.about.items() if name != "where"}  # paths are for this machine
+        exchange.save(now.model, self.folder / f"{kind}.safetensors", {**about, **header, "versions": versions()},
                       weights=weights)
         self.exported[kind] = header
 
@@ -162,7 +165,8 @@ def _kept(path: Path, wanted: int) -> int:
 
 def _clear(folder: Path, everything: bool) -> None:
     """Removes what a process that was killed had half written; `everything`: also the files of the run before."""
-    for path in [*folder.glob("*.part"), *(folder / name for name in FILES if everything and name != "metrics.jsonl")]:
+    names = [f"{name}.part" for name in FILES] + [name for name in FILES if everything and name != "metrics.jsonl"]
+    for path in (folder / name for name in names):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -206,6 +210,8 @@ def weights_of(path, kind: str = "auto") -> Path:
     chosen `best` there. ValueError: a run that has saved no weights yet.
     """
     path = Path(path)
+    if path.name in (state.NEWEST, state.PREVIOUS):
+        raise ValueError(f"{path} is the state of a run; for its weights give the run's folder, {path.parent}.")
     if not (path / "settings.json").is_file():
         return path
     if kind == "auto":
@@ -213,8 +219,23 @@ def weights_of(path, kind: str = "auto") -> Path:
         chosen = last.exists() and "val" in exchange.read_metadata(last).get("accuracy", {})
         kind = "best" if chosen else "last"
     if not (path / f"{kind}.safetensors").exists():
-        raise ValueError(f"{path} is a run without {kind}.safetensors: it has had no evaluation yet.")
+        raise ValueError(f"{path} is a run without {kind}.safetensors: it has had no evaluation yet. Let it go on "
+                         f"to one: python train.py --resume {path} --eval_every N.")
     return path / f"{kind}.safetensors"
+
+
+def data_of(settings: dict, where: dict) -> dict[str, str | None]:
+    """Where the data of a run is, by PATHS: at its absolute path, else where the path that was given leads from here (a
+    project that moved as a whole).
+
+    settings, where: as `settings.json` and the state have them.
+    """
+    found = {}
+    for name in PATHS:
+        absolute, given = where.get(name), settings.get(name)
+        moved = absolute and given and not Path(absolute).exists() and Path(given).exists()
+        found[name] = given if moved else absolute or given
+    return found
 
 
 def versions() -> dict[str, str]:

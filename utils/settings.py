@@ -13,6 +13,15 @@ RECIPES = {
     "vit-pytorch": {},  # the defaults below
     "paper": {"img_size": (384, 384)},  # Dosovitskiy et al. 2021, B.1.1, and vit_jax/configs/vit.py
 }
+GUESSED = {  # what other tools call it -> ours
+    "--lr": ("--learning_rate",), "--epochs": ("--num_steps",), "--num_epochs": ("--num_steps",),
+    "--steps": ("--num_steps",), "--batch_size": ("--train_batch_size", "--eval_batch_size"), "--bs":
+    ("--train_batch_size",), "--model": ("--model_type",), "--arch": ("--model_type",), "--checkpoint":
+    ("--pretrained_dir",), "--weights": ("--pretrained_dir",), "--data": ("--dataset",), "--image_size":
+    ("--img_size",), "--resolution": ("--img_size",), "--output": ("--output_dir", "--name"), "--workers":
+    ("--num_workers",), "--amp": ("--precision",), "--warmup": ("--warmup_steps",), "--accumulate":
+    ("--gradient_accumulation_steps",)}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # a type's word in --precision
 METRICS = ("auto", "accuracy", "loss", "macro_f1", "map")
 PAPER_LR = {("ViT-B_16", "cifar10"): 0.01}  # vit_jax/configs/vit.py; 0.03 elsewhere
 
@@ -151,8 +160,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0]
             flags = [s for s in self._option_string_actions if s not in ("-h", "--help")]
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
-            self.error(f"There is no flag {name}" + (f": did you mean {near[0]}?" if near else ". See --help."))
+            near = [flag for flag in GUESSED.get(name, ()) if flag in flags] or difflib.get_close_matches(
+                name, flags, n=1, cutoff=0.7)
+            what = f"flag {name}" if name.startswith("-") else f"argument '{name}' without a flag"
+            self.error(f"There is no {what}" + (f": did you mean {' and '.join(near)}?" if near else ". See --help."))
         return found
 
     def error(self, message):
@@ -221,8 +232,11 @@ def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
               if name in known}
     resolved = {name: tuple(value) if isinstance(value, list) else value for name, value in
                 stored["resolved"].items()}
+    resolved["precision"] = SHORT[resolved["precision"]]
     changed = {name: (before.get(name), value) for name, value in given.items()
                if value not in (before.get(name), resolved.get(name))}
+    if "pretrained_dir" in changed and Path(given["pretrained_dir"]).name == resolved["pretrained_dir"]:
+        del changed["pretrained_dir"]  # wherever it lies now: the state has the weights
     refused = [f"--{name} {old} -> {new}" for name, (old, new) in changed.items()
                if name not in FREE and not (name == "num_steps" and new > old)]
     if refused:

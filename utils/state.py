@@ -106,11 +106,19 @@ def read(folder: Path) -> dict[str, Any]:
             if content.get("format") != FORMAT:
                 raise ValueError(f"{folder / name} was written by another version of this toolkit (format "
                                  f"{content.get('format')}, here {FORMAT}): continue it with that one.")
+            content["read_from"] = name
             if problems:
                 log.warning("%s: %s; continuing from the state before, %s of step %d.", folder, problems[0], name,
                             content["step"])
             return content
     raise ValueError(f"{folder} has no state to continue from: {'; '.join(problems)}.")
+
+
+def settle(folder: Path, content: dict[str, Any]) -> None:
+    """After a fall-back removes the damaged newest state, whose place the next one takes: else it would push the sound
+    one out."""
+    if content["read_from"] == PREVIOUS:
+        (folder / NEWEST).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
