@@ -146,4 +146,5 @@ def test_a_log_without_a_bar_gives_signs_of_life(monkeypatch, caplog):
     for step in range(1, 31):
         clock[0] += 7
         progress.add(step, 0.1, result())
-    assert [record.getMessage().split("  ")[0] for record in caplog.records] == ["step 5/100", "step 14/100", "step 23/100"]
+    assert [record.getMessage().split("  ")[0] for record in caplog.records] == [
+        "step 5/100", "step 14/100", "step 23/100"]
