@@ -20,10 +20,10 @@ from utils import data
 from utils.batches import EvalBatches
 from utils.commands import add_shared, check_free, opened, run
 from utils.data import Data, Split
+from utils.device import choose_device
 from utils.evaluation import Outputs, report, stream
 from utils.runs import data_of
 from utils.settings import Parser
-from utils.step import choose_device
 from utils.tables import as_text, some
 from utils.trained import Trained, open_trained
 

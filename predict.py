@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from utils.commands import add_shared, at_least_one, check_free, opened, run
 from utils.data import Split
+from utils.device import choose_device
 from utils.evaluation import Outputs, stream
 from utils.images import SUFFIXES, suffix_of
 from utils.settings import Parser
-from utils.step import choose_device
 from utils.trained import Trained, open_trained
 
 log = logging.getLogger("predict")

@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils import data, distributed, preflight
 from utils.batches import EvalBatches, TrainBatches, resident
 from utils.commands import start_log
+from utils.device import choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
 from utils.evaluation import Metrics, evaluate
@@ -26,7 +27,7 @@ from utils.progress import Progress
 from utils.runs import Run, full
 from utils.settings import Settings, given
 from utils.state import State
-from utils.step import attention_kernel, choose_device, choose_precision, make_deterministic, make_scaler, train_step
+from utils.step import make_scaler, train_step
 
 log = logging.getLogger("train")
 
@@ -50,9 +51,9 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     """One run, new or continued, from the flags given by hand to its folder; returns {"folder", "last", "best"}, the
     last two as test `Metrics`, or {} after a dry run."""
     opened = open_run(flags)
-    settings = opened.settings
+    settings = opened.computing()
     device = choose_device(settings.device, world.local_rank if world.size > 1 else settings.local_rank)
-    precision = choose_precision(opened.computing(), device)
+    precision = choose_precision(settings, device)
     if settings.deterministic:
         make_deterministic()
     with world.first():  # which may download the data
@@ -61,6 +62,9 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     dataset = preflight.check_data(dataset, settings, opened.size)
     opened.check_same(dataset, device, precision, world.size)
     model, origin = opened.build_model(len(dataset.train.classes))
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    images = settings.num_steps * settings.train_batch_size // world.size
+    compiled = choose_compile(settings.compile, model, device, images)
     preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, world.size,
                         opened.step)
     preflight.check_room(settings, model, opened.folder)
@@ -70,9 +74,12 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     batches, selection, test = make_batches(settings, dataset, model, device, world)
     optimizer = make_optimizer(model.to(device).train(), settings.optimizer, weight_decay=settings.weight_decay,
                                momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
+    if compiled:
+        compile_blocks(model)
     now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale))
     opened.restore(now)  # before anything is written
-    about = opened.about(dataset, model, origin, batches.training_view, device, precision, world.size)
+    about = opened.about(dataset, model, origin, batches.training_view, device, precision, world.size,
+                         compiled)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:
         largest = dataset.train.labels.bincount().max() / len(dataset.train) if not dataset.train.multi_label else 0
@@ -93,6 +100,8 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
     """The loop: evaluate, save, stop, update, in this order, so that a run that goes on from `now` takes the same turns
     as one that never stopped. There is one turn more than there are updates."""
     metric = best_by(settings, selection.split)
+    example = torch.zeros(1, now.model.config.in_chans, *now.model.img_size, device=batches.device)
+    network = world.parallel(now.model, example)
     stream = batches.stream(range(now.step, settings.num_steps))
     while True:
         at_end = now.step == settings.num_steps
@@ -117,11 +126,10 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
         lr = lr_at(now.step, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)
         now.step += 1
-        with attention_kernel(now.model, batches.device, precision):
-            result = train_step(now.model, now.optimizer, now.scaler, images, labels, lr=lr, precision=precision,
-                                micro_batches=settings.gradient_accumulation_steps, criterion=criterion,
-                                max_grad_norm=settings.max_grad_norm, world=world,
-                                dropout_seed=(settings.seed, now.step, world.rank))
+        result = train_step(network, now.optimizer, now.scaler, images, labels, lr=lr, precision=precision,
+                            micro_batches=settings.gradient_accumulation_steps, criterion=criterion,
+                            max_grad_norm=settings.max_grad_norm, world=world,
+                            dropout_seed=(settings.seed, now.step, world.rank))
         progress.add(now.step, lr, result)
     progress.close()
 
@@ -195,6 +203,9 @@ def as_sentence(error: Exception) -> str | None:
         return "The memory is full. Try more --gradient_accumulation_steps, or a smaller --img_size."
     if isinstance(error, OSError) and (sentence := full(error)):
         return sentence
+    if isinstance(error, RuntimeError) and distributed.lost(error):
+        return ("Another process of this run is gone, and this one ends, too; what that one said tells why. The last "
+                "state that was saved is whole: --resume continues from it.")
     return None if isinstance(error, RuntimeError) else str(error)
 
 

@@ -5,10 +5,11 @@ names. What PyTorch habit would get wrong comes from the config: tanh GELU, norm
 """
 
 import torch
-import torch.nn.functional as F
 from ml_collections import FrozenConfigDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from models.kernels import Linear, attention, linear
 from models.modeling_resnet import ResNetStem, init_stem, lecun_normal_, stem
 
 
@@ -33,20 +34,32 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection; dropout acts on the probabilities."""
+    """Multi-head self-attention with one fused projection; dropout acts on the probabilities.
+
+    queries: how many tokens, the first ones, ask (default: all); all are asked.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout_rate
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        D = x.shape[-1]
+        if queries is None:
+            q, k, v = self.heads(self.qkv(x))                                     # each (B, H, T, D / H)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            (q,) = self.heads(linear(x[:, :queries], weight[:D], bias[:D]))       # (B, H, queries, D / H)
+            k, v = self.heads(linear(x, weight[D:], bias[D:]))
+        x = attention(q, k, v, self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).flatten(2))                            # (B, T or queries, D)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, n D) -> (n, B, H, T, D / H)."""
+        return x.unflatten(2, (-1, self.num_heads, self.qkv.in_features // self.num_heads)).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Module):
@@ -54,17 +67,17 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.fc1 = Linear(config.hidden_size, config.mlp_dim)
         self.act = nn.GELU(approximate={"tanh": "tanh", "erf": "none"}[config.gelu])
         self.drop = nn.Dropout(config.dropout_rate)
-        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
+        self.fc2 = Linear(config.mlp_dim, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block (`Encoder1DBlock`)."""
+    """Pre-norm encoder block (`Encoder1DBlock`): (B, T, D) -> (B, T, D), or its first `queries` rows."""
 
     def __init__(self, config):
         super().__init__()
@@ -74,8 +87,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        x = x[:, :queries] + self.drop(self.attn(self.norm1(x), queries))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -102,6 +115,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.num_classes = num_classes
+        self.gradient_checkpointing = False  # True: in training blocks are computed anew on the way back
         self.grid = grid_size(config, self.img_size)
         D, tokens = config.hidden_size, self.grid[0] * self.grid[1]
 
@@ -118,8 +132,11 @@ class VisionTransformer(nn.Module):
         if not self.pos_embed.is_meta:  # a model without memory is about to be filled from a file
             self.initialize()
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, T, D), after the final norm; the class token, if there is one, comes first."""
+    def forward_features(self, images: Tensor, queries: int | None = None) -> Tensor:
+        """(B, in_chans, H, W) -> (B, T, D), after the final norm; the class token, if there is one, comes first.
+
+        queries: of the T rows only so many, the first ones, are needed: then the last block computes no others.
+        """
         expected = (self.config.in_chans, *self.img_size)
         if images.shape[1:] != expected:
             raise ValueError(f"This model takes images (B, {', '.join(map(str, expected))}) and was given "
@@ -128,11 +145,20 @@ class VisionTransformer(nn.Module):
         if self.config.classifier == "token":
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1 + h * w, D)
         x = self.pos_drop(x + self.pos_embed)
-        return self.norm(self.blocks(x))                                          # (B, T, D)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = self._run(block, x)
+        return self.norm(self._run(last, x, queries))                             # (B, T or queries, D)
+
+    def _run(self, block: Block, *inputs) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.forward_features(images)
-        x = x[:, 0] if self.config.classifier == "token" else x.mean(dim=1)       # (B, D)
+        token = self.config.classifier == "token"  # the head reads it alone
+        x = self.forward_features(images, queries=1 if token else None)
+        x = x[:, 0] if token else x.mean(dim=1)                                   # (B, D)
         return self.head(self.pre_logits(x))                                      # (B, C)
 
     @torch.no_grad()

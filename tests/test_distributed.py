@@ -1,8 +1,10 @@
 """Two processes of torchrun against one."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from bench.kill import stripped
 from utils.batches import EvalBatches, TrainBatches
 from utils.data import Split, View
-from utils.distributed import ALONE, _buckets
+from utils.distributed import ALONE
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--model_type", "ViT-demo", "--pretrained_dir", "checkpoint/ViT-demo.npz", "--dataset", "digits",
@@ -45,6 +47,36 @@ def test_two_processes_train_like_one_and_either_continues_the_other(tmp_path):
     assert max(step for step, *_ in more) == 10
 
 
+def test_losses_of_two_processes_equal_those_of_one_to_1e_5(tmp_path):
+    """With accumulation; 359 test images, an odd number, are each counted once."""
+    flags = "--num_steps", "20", "--gradient_accumulation_steps", "2"
+    (_, one), (_, two) = (run(tmp_path, name, processes, *flags) for name, processes in (("one", 1), ("two", 2)))
+    losses = [[value for _, name, value in lines if name == "train/loss"] for lines in (one, two)]
+    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    state = torch.load(tmp_path / "two" / "state.pt", weights_only=True)
+    assert state["finished"]["last"]["images"] == 359
+
+
+def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                                "train.py", *FLAGS, "--output_dir", str(tmp_path), "--name", "run", "--num_steps",
+                                "5000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        for line in process.stdout:
+            if line.startswith("step 5/"):
+                break
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    assert "Another process of this run is gone" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
 def test_an_error_is_one_sentence_of_the_first_process(tmp_path):
     done, _ = run(tmp_path, "bad", 2, "--train_batch_size", "15")
     sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -58,12 +90,6 @@ def test_alone_nothing_is_sent():
     assert tensor.tolist() == [1, 1, 1] and ALONE.any(True, False) == [True, False] and ALONE.gather("x") == ["x"]
     with ALONE.first():
         pass
-
-
-def test_gradients_travel_in_buckets_of_one_type(monkeypatch):
-    monkeypatch.setattr("utils.distributed.BUCKET", 40)
-    tensors = [torch.zeros(n) for n in (4, 6, 1, 30, 2)] + [torch.zeros(1, dtype=torch.float64)]
-    assert [[t.numel() for t in bucket] for bucket in _buckets(tensors)] == [[4, 6], [1], [30], [2], [1]]
 
 
 @pytest.mark.parametrize("processes", [2, 3])

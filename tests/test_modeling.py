@@ -116,3 +116,37 @@ def test_parameters_are_named_as_timm_names_them():
             peer = timm.create_model(theirs)
         shapes = {name: p.shape for name, p in peer.state_dict().items()}
         assert {name: p.shape for name, p in model.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_last_block_computes_only_the_row_that_the_head_reads(tiny_config, dropout):
+    model = randomise(VisionTransformer(replace(tiny_config, dropout_rate=dropout), 16, 5)).double()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    rows = []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    logits = model(images)
+    whole = model.head(model.forward_features(images)[:, 0])
+    assert rows == [1, 17] and torch.allclose(logits, whole, rtol=0, atol=1e-12)
+    ours, all_rows = (torch.autograd.grad(out[:, 2].sum(), list(model.parameters())) for out in (logits, whole))
+    for one, other in zip(ours, all_rows):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(tiny_config):
+    model = randomise(VisionTransformer(replace(tiny_config, dropout_rate=0.3), 16, 5)).train()
+    images, gradients, kept = torch.randn(3, 3, 16, 16), [], []
+    for again in (False, True):
+        model.gradient_checkpointing = again
+        torch.manual_seed(1)  # dropout's masks are those of the first pass
+        size = 0
+
+        def count(tensor):
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = F.cross_entropy(model(images), torch.tensor([0, 1, 2]))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        kept.append(size)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+    assert kept[1] < kept[0] / 3

@@ -7,8 +7,7 @@ from models.configs import replace
 from models.modeling import VisionTransformer
 from tests.conftest import randomise
 from utils.optim import make_optimizer
-from utils.settings import Settings
-from utils.step import choose_device, choose_precision, make_scaler, train_step
+from utils.step import make_scaler, train_step
 
 
 def batch(count=8, dtype=torch.float32):
@@ -121,22 +120,3 @@ def test_loss_and_accuracy_are_those_before_the_update(tiny_config):
     _, _, (result,) = run(tiny_config, 1)
     assert result.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-6)
     assert result.accuracy.item() == pytest.approx((logits.argmax(1) == y).float().mean().item())
-
-
-def test_fp16_on_a_cpu_is_bfloat16_where_the_processor_has_it(monkeypatch, caplog):
-    caplog.set_level("INFO")
-    cpu = torch.device("cpu")
-    for native, dtype, words in ((True, torch.bfloat16, "bfloat16 instead"), (False, torch.float32, "float32 instead")):
-        monkeypatch.setattr("utils.step._cpu_has_bf16", lambda native=native: native)
-        assert choose_precision(Settings(fp16=True), cpu) == dtype
-        assert words in caplog.records[-1].message
-        assert choose_precision(Settings(), cpu) == dtype
-        assert choose_precision(Settings(precision="fp32"), cpu) == torch.float32
-        assert choose_precision(Settings(bf16=True), cpu) == torch.bfloat16  # asked for: slow, but done
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_asking_for_a_gpu_that_is_not_there_is_refused():
-    assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="--device cuda was asked for"):
-        choose_device("cuda")

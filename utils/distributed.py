@@ -1,15 +1,14 @@
 """torchrun's processes: start, reduce, gather, end. One process alone is a world of one, for which nothing is sent."""
 
 import os
+import warnings
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-
-BUCKET = 64 << 20  # bytes that are sent at a time: few messages, little memory beside the gradients
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class World(NamedTuple):
@@ -18,15 +17,28 @@ class World(NamedTuple):
     size: int = 1
     local_rank: int = -1  # its GPU; -1: none was given
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Each tensor becomes its mean over the processes, in place; the sum has the same order in every process."""
+    def parallel(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """The model, whose backward pass averages the gradients over the processes as they come (DDP).
+
+        DDP orders what it sends by its first backward pass, and sums depend on that order: this one, of an `example`
+        (1, C, H, W), comes before all steps, so that a run that is continued adds up as one that never stopped.
+        """
+        if self.size == 1:
+            return model
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of the class token: 1 x 1 x D, any will do
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        network(example).sum().backward()
+        model.zero_grad(set_to_none=True)
+        return network
+
+    def average(self, numbers: list[Tensor]) -> None:
+        """A few small tensors of one type become their means over the processes, in place, in one message."""
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = _flatten_dense_tensors(bucket)
-            dist.all_reduce(flat)
-            flat /= self.size
-            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+        flat = torch.cat([n.flatten() for n in numbers])
+        dist.all_reduce(flat)
+        for number, mean in zip(numbers, flat.div_(self.size).split([n.numel() for n in numbers])):
+            number.copy_(mean.view_as(number))
 
     def any(self, *flags: bool) -> list[bool]:
         """Which of the flags is raised in any process. Over main memory, so that no process waits for its GPU."""
@@ -59,6 +71,12 @@ class World(NamedTuple):
 ALONE = World()
 
 
+def lost(error: RuntimeError) -> bool:
+    """Whether this is how a process learns that another one of its run is gone."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "Timed out")
+    return isinstance(error, dist.DistBackendError) or any(words in str(error) for words in gone)
+
+
 @contextmanager
 def processes(use_cuda: bool):
     """The world that torchrun's environment variables describe, as long as the context lasts; else `ALONE`."""
@@ -70,15 +88,3 @@ def processes(use_cuda: bool):
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     finally:
         dist.destroy_process_group()
-
-
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors in their order, in groups of one type and about `BUCKET` bytes."""
-    groups, size = [[]], 0
-    for tensor in tensors:
-        if groups[-1] and (size + tensor.nbytes > BUCKET or tensor.dtype != groups[-1][0].dtype):
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return groups

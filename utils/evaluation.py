@@ -11,7 +11,6 @@ from torch import Tensor
 from utils.batches import EvalBatches
 from utils.data import Split
 from utils.distributed import ALONE, World
-from utils.step import attention_kernel
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 
@@ -51,8 +50,7 @@ def stream(model, batches: EvalBatches, precision: torch.dtype = torch.float32, 
         for k, (images, labels) in zip(numbers, batches.stream(numbers)):
             if stop is not None:
                 stop()
-            with attention_kernel(model, batches.device, precision):
-                yield _said(model, torch.from_numpy(batches.indices(k)), images, labels, precision, scores)
+            yield _said(model, torch.from_numpy(batches.indices(k)), images, labels, precision, scores)
     finally:
         model.train(training)
 

@@ -52,11 +52,12 @@ class Opening:
         return model, {"name": self.weights.name, "sha256": sha256(file)}
 
     def computing(self) -> Settings:
-        """The settings with the precision that the run began with, on whatever machine it goes on."""
+        """The settings with the precision that the run began with, compiled or not, on whatever machine it goes on."""
         if not self.content:
             return self.settings
         resolved = self.content["about"]["settings"]["resolved"]
-        return replace(self.settings, precision=SHORT[resolved["precision"]], fp16=False, bf16=False)
+        return replace(self.settings, precision=SHORT[resolved["precision"]], fp16=False, bf16=False,
+                       compile=resolved.get("compile", "off"))
 
     def check_same(self, dataset: Data, device: torch.device, precision: torch.dtype, processes: int) -> None:
         """ValueError: the data, or what the device computes in, is not what the run began with. A warning: it computes
@@ -81,7 +82,7 @@ class Opening:
                          "where it is), or start another run.")
 
     def about(self, dataset: Data, model, origin: dict, view: View, device: torch.device, precision: torch.dtype,
-              processes: int) -> dict:
+              processes: int, compiled: bool) -> dict:
         """What a run says of itself in its state and in the header of its weights, scores apart; plain values."""
         if self.content:
             before = self.content["about"]
@@ -92,7 +93,8 @@ class Opening:
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
                     "in_chans": model.config.in_chans, "dropout": model.config.dropout_rate,
                     "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
-                    "metric": best_by(self.settings, dataset.train), **computes_with(device, processes), **asdict(view)}
+                    "metric": best_by(self.settings, dataset.train), "compile": "on" if compiled else "off",
+                    **computes_with(device, processes), **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
         return {"classes": list(dataset.train.classes), "finetuned_from": origin, "fingerprint": dataset.fingerprint(),
                 "settings": {**asdict(self.settings), "resolved": resolved}, "where": self.where, **several}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.kernels import MANY_TOKENS
 from models.modeling_resnet import stem
 
 SLACK = 1.3         # of activations: no allocator fills every gap, and kernels need room of their own
@@ -60,8 +61,8 @@ def activations(model, images: int, precision: torch.dtype, device: torch.device
     block = 2 * D * FLOAT + (6 * D + 2 * M) * n + (H + 4) * FLOAT  # the last: sums of softmax and norms
     if config.dropout_rate:
         block += (2 * D + M) * (1 if device.type == "cuda" else n)
-    if device.type == "cpu" and precision == torch.bfloat16 and T <= 128:  # `step.attention_kernel`: plain products
-        block += H * T * FLOAT + 3 * D * (FLOAT - n)
+    if device.type == "cpu" and precision == torch.bfloat16 and T <= MANY_TOKENS:  # plain products keep their table
+        block += H * T * n
     back = 2 * M * n + 2 * D * FLOAT
     token = config.num_layers * block + 3 * D * FLOAT + back
     pixels = config.in_chans * model.img_size[0] * model.img_size[1]

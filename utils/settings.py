@@ -100,6 +100,9 @@ class Settings:
     fp16: bool = flag(False, "device", "short for --precision fp16")
     bf16: bool = flag(False, "device", "short for --precision bf16")
     loss_scale: float = flag(0.0, "device", "fp16: a fixed loss scale; 0: dynamic")
+    compile: str = flag("auto", "device", "torch.compile of the blocks; auto: on GPUs, in runs long enough for it",
+                        choices=["auto", "on", "off"])
+    gradient_checkpointing: bool = flag(False, "device", "compute blocks anew on the way back: less memory, more time")
     deterministic: bool = flag(False, "device", "only kernels that give the same bits each time (a CPU's do anyway)")
     fp16_opt_level: str = flag("O2", "device", "obsolete (apex); accepted and ignored")
     local_rank: int = flag(-1, "device", "which GPU; -1: the first")

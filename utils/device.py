@@ -1,0 +1,127 @@
+"""What this machine computes with: device, precision, memory."""
+
+import ctypes
+import logging
+import os
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils._triton import has_triton
+
+log = logging.getLogger(__name__)
+
+UTILISATION = 0.4      # of the matrix rate, that an eager run reaches: a guess until a GPU has been measured
+COMPILED_SAVES = 0.15  # of the time, by compiling: likewise
+COMPILING = 30         # seconds: likewise
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers for `mallopt`
+
+
+def choose_device(name: str, local_rank: int = -1) -> torch.device:
+    """auto: the GPU where there is one. ValueError: cuda was asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but PyTorch sees no GPU here. Use --device cpu or auto.")
+    if name == "cpu" or not torch.cuda.is_available():
+        keep_memory()
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--local_rank {local_rank} asks for a GPU that is not there: there are "
+                         f"{torch.cuda.device_count()}, counted from 0.")
+    device = torch.device("cuda", max(local_rank, 0))
+    torch.cuda.set_device(device)            # events and streams without a device mean this one
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: convolutions too
+    return device
+
+
+def choose_compile(asked: str, model, device: torch.device, images: int) -> bool:
+    """Whether the blocks of a run that trains on so many images are to be compiled; a choice not asked for is said.
+
+    auto: on a GPU that torch.compile can write for, if what it saves is more than the time that it takes itself.
+    """
+    if asked != "auto":
+        return asked == "on"
+    if device.type != "cuda" or not has_triton():
+        return False
+    seconds = images * training_flops(model) / (UTILISATION * matrix_rate(device))
+    if COMPILED_SAVES * seconds <= COMPILING:
+        return False
+    log.info("compile  the blocks, as this run is long enough to earn that back (--compile off prevents it)")
+    return True
+
+
+def compile_blocks(model, **options) -> None:
+    """torch.compile of each block in place, so that names and states stay what they are; all but the last are the same
+    program, compiled once. A hybrid's stem is compiled, too, which lays its channels last. options: torch.compile's."""
+    for block in model.blocks:
+        block.compile(**options)
+    if model.config.resnet is not None:
+        model.patch_embed.compile(**options)
+
+
+def training_flops(model) -> float:
+    """Floating-point operations of one image, forwards and twice that backwards: matrix products of patches, blocks and
+    head (2 per multiplication), without a hybrid's ResNet. ViT-B_16 at 224 px: 105 GFLOP."""
+    config, tokens = model.config, model.pos_embed.shape[1]
+    D = config.hidden_size
+    block = tokens * (4 * D * D + 2 * D * config.mlp_dim) + 2 * tokens * tokens * D
+    patches = model.grid[0] * model.grid[1] * model.patch_embed.proj.weight.numel()
+    return 6 * (config.num_layers * block + patches + D * model.num_classes)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a large bfloat16 product on random data on a GPU: the median of 10."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
+    for event in events:
+        a @ b
+        event.record()
+    events[-1].synchronize()
+    times = [start.elapsed_time(end) for start, end in pairwise(events[2:])]  # milliseconds
+    return 2 * 8192**3 / (median(times) / 1000)
+
+
+def make_deterministic() -> None:
+    """Only kernels whose result does not depend on the order in which a GPU's threads come: slower, bit-equal runs.
+
+    An operation that has none makes PyTorch say so. cuBLAS reads its variable when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def choose_precision(settings, device: torch.device) -> torch.dtype:
+    """The type of the forward and backward pass on this device; a choice that was not asked for is said."""
+    asked = "fp16" if settings.fp16 else "bf16" if settings.bf16 else settings.precision
+    if asked == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        if asked == "auto":
+            asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[asked]
+    native = _cpu_has_bf16()
+    if asked == "fp16":
+        log.info("A CPU has no use for float16: %s.", "bfloat16 instead, which this one computes natively" if native
+                 else "float32 instead, as this one has no native bfloat16")
+    return torch.bfloat16 if native or asked == "bf16" else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 natively (AVX512-BF16, AMX, Arm); elsewhere float32 is faster."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False  # no Linux: float32 is the safe choice
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep what is freed, instead of handing large blocks back to the system and fetching them anew at
+    every step: each page of theirs would be cleared again (`bench/README.md`). Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
