@@ -34,7 +34,9 @@ log = logging.getLogger("train")
 
 def make_batches(settings: Settings, dataset: data.Data, model, device, world: World):
     """(training, selection, test): `best` is chosen on the second, which is the test where nothing is held out."""
-    workers = settings.num_workers if settings.num_workers >= 0 else min((os.cpu_count() or 1) // world.size or 1, 8)
+    workers = settings.num_workers
+    if workers < 0:
+        workers = min((os.cpu_count() or 1) // world.local_size or 1, 8)
     look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
     area = dataset.view.min_area if settings.min_area is None else settings.min_area
     view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)

@@ -46,8 +46,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def _by_convolution(x: Tensor, weight: Tensor) -> bool:
-    return (_mkl_is_slow() and x.dtype == weight.dtype == torch.float32 and x.numel() >= FEW_ROWS * x.shape[-1]
-            and not torch.is_autocast_enabled("cpu"))
+    """Whether oneDNN gets it and is the faster one; with a single thread PyTorch gives convolutions to MKL, too."""
+    return (_mkl_is_slow() and torch.get_num_threads() > 1 and x.dtype == weight.dtype == torch.float32
+            and x.numel() >= FEW_ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu"))
 
 
 @cache

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from models.configs import get_config, replace
 from models.modeling import VisionTransformer
 from tests.conftest import randomise
-from utils.device import choose_compile, choose_device, choose_precision, compile_blocks, training_flops
+from utils.device import choose_compile, choose_device, choose_precision, compile_blocks, fit_threads, training_flops
 from utils.optim import make_optimizer
 from utils.settings import Settings
 from utils.step import make_scaler, train_step
@@ -78,3 +78,21 @@ faults(20); print(faults(10))  # the allocator needs some to settle
     kept, fresh = (int(subprocess.run([sys.executable, "-c", program, word], capture_output=True, text=True,
                                       check=True).stdout) for word in ("kept", "fresh"))
     assert kept < fresh / 20 and fresh > 1000
+
+
+@pytest.mark.parametrize("limit, threads", [("150000 100000", 2), ("100000 100000", 1), ("800000 100000", 2),
+                                            ("max 100000", 2), (None, 2)])
+def test_threads_keep_to_the_limit_of_a_container(tmp_path, monkeypatch, limit, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if limit:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    torch.set_num_threads(2)
+    try:
+        fit_threads(tmp_path / "cpu.max")
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        fit_threads(tmp_path / "cpu.max")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(2)

@@ -25,6 +25,7 @@ def choose_device(name: str, local_rank: int = -1) -> torch.device:
         raise ValueError("--device cuda was asked for, but PyTorch sees no GPU here. Use --device cpu or auto.")
     if name == "cpu" or not torch.cuda.is_available():
         keep_memory()
+        fit_threads()
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(f"--local_rank {local_rank} asks for a GPU that is not there: there are "
@@ -125,3 +126,12 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def fit_threads(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """As many threads as the processors that a container may use (`docker --cpus 4`), which PyTorch does not look at:
+    more would only wait for one another. OMP_NUM_THREADS wins."""
+    with suppress(OSError, ValueError):  # no such system, or no limit ("max")
+        quota, period = map(int, limit.read_text().split())
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), -(-quota // period)))

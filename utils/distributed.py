@@ -16,6 +16,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     local_rank: int = -1  # its GPU; -1: none was given
+    local_size: int = 1   # processes on this machine, which share its processors
 
     def parallel(self, model: nn.Module, example: Tensor) -> nn.Module:
         """The model, whose backward pass averages the gradients over the processes as they come (DDP).
@@ -85,6 +86,7 @@ def processes(use_cuda: bool):
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]),
+                    int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
     finally:
         dist.destroy_process_group()
