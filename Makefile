@@ -1,10 +1,11 @@
-# make demo: fine-tune a pretrained ViT on real images.   make test: run the tests.   Both set up .venv first.
+# make demo: fine-tune a pretrained ViT on real images.   make test: run the tests.
+# make bench: ours against other tools, 25 minutes.   All set up .venv first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 $(STAMP): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +17,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python bench/compare.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
