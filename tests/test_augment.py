@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.augment import box_taps, random_boxes, shrink, stack, view, whole_boxes
+from utils.augment import _all_at_once, box_taps, random_boxes, shrink, singly, stack, view, whole_boxes
 
 GOOGLE = (torch.tensor(127.5), torch.tensor(127.5))
 
@@ -115,3 +115,54 @@ def test_views_stay_float32_inside_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = view(image, *taps, *GOOGLE)
     assert inside.dtype == torch.float32 and torch.equal(inside, view(image, *taps, *GOOGLE))
+
+
+# Large views on a CPU: one image after the other
+
+LARGE = (50, 60)
+SIZES = np.array([(120, 90), (20, 400), (17, 9), (400, 30), (64, 64), (1, 1)])  # rows both fewer and more than 50
+
+
+def looked_at(channels=3, seed=0):
+    """Images of all these sizes, and a random box and a flip for each as taps."""
+    rng = np.random.default_rng(seed)
+    images = [torch.from_numpy(rng.integers(0, 256, (channels, *size), dtype=np.uint8)) for size in SIZES]
+    boxes = random_boxes(lambda attempt: rng.random((4, len(SIZES))), SIZES[:, 0], SIZES[:, 1], 0.3)
+    return images, *box_taps(torch.from_numpy(boxes), torch.tensor([True, False] * 3), LARGE)
+
+
+def cut_down(images, rows, columns):
+    """As images travel from where they are decoded: the pixels that are looked at, padded to one size."""
+    return stack(*map(list, zip(*(shrink(image, rows.of(b), columns.of(b)) for b, image in enumerate(images)))))
+
+
+def test_device_and_size_alone_decide_how_a_view_is_made():
+    assert singly(torch.device("cpu"), LARGE) and not singly(torch.device("cpu"), (32, 32))
+    assert not singly(torch.device("cuda"), LARGE)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_image_by_image_the_view_is_that_of_the_matrices(channels):
+    images, rows, columns = looked_at(channels)
+    mean, std = torch.linspace(90, 150, channels).view(-1, 1, 1), torch.linspace(50, 99, channels).view(-1, 1, 1)
+    one_by_one = view(images, rows, columns, mean, std)
+    at_once = _all_at_once(*cut_down(images, rows, columns), mean, std)
+    assert one_by_one.shape == (6, channels, *LARGE) and one_by_one.is_contiguous()
+    assert torch.allclose(one_by_one, at_once, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_view_is_the_same_bits_from_whole_images_and_from_the_pixels_that_are_looked_at(seed):
+    images, rows, columns = looked_at(seed=seed)
+    assert torch.equal(view(images, rows, columns, *GOOGLE), view(*cut_down(images, rows, columns), *GOOGLE))
+    same = torch.stack([images[0]] * 6)
+    assert torch.equal(view(same, *(whole(6, SIZES[0], LARGE)), *GOOGLE),
+                       view(list(same), *(whole(6, SIZES[0], LARGE)), *GOOGLE))
+
+
+def test_a_large_flip_mirrors_the_resized_box():
+    image, box = torch.randint(0, 256, (1, 3, 90, 90), dtype=torch.uint8), torch.tensor([[3, 3, 61, 31]])
+    plain, mirrored = (view(image, *box_taps(box, torch.tensor([flip]), LARGE), *GOOGLE) for flip in (False, True))
+    assert torch.equal(mirrored, plain.flip(3))
+    crop = torch.nn.functional.interpolate(image[..., 3:64, 3:34].float(), LARGE, mode="bilinear")
+    assert torch.allclose(plain, (crop - 127.5) / 127.5, atol=3e-5)  # PyTorch rounds its coordinates another way

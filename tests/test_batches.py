@@ -68,6 +68,20 @@ def test_files_and_decoded_images_give_the_same_views(files):
         assert all(torch.equal(a, b) for a, b in zip(training(files)[k], training(decoded)[k]))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resident_listed_and_streamed_images_give_the_same_large_views(tmp_path, workers):
+    rng, paths = np.random.default_rng(0), [tmp_path / f"{i}.png" for i in range(6)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(path)
+    streamed = Split(paths, torch.arange(6), tuple("abcdef"))
+    as_one = resident(streamed, (60, 50), "cpu")
+    listed = Split(list(as_one.images), streamed.labels, streamed.classes)
+    expected, *others = (training(split, size=(60, 50), batch_size=8, workers=workers).stream(range(3))
+                         for split in (as_one, listed, streamed))
+    for batch, *same in zip(expected, *others):
+        assert all(torch.equal(a, b) for other in same for a, b in zip(batch, other))
+
+
 def test_images_of_one_size_become_one_tensor(tmp_path):
     Image.new("RGB", (5, 7), (10, 20, 30)).save(tmp_path / "a.png")
     split = resident(Split([tmp_path / "a.png"] * 3, torch.zeros(3, dtype=torch.long), ("a", "b")), (8, 8), "cpu")
@@ -107,6 +121,29 @@ def test_evaluation_counts_every_image_once_and_in_order():
     images, labels = map(torch.cat, zip(*batches.stream(range(0, 3))))
     assert labels.tolist() == list(range(10))
     assert torch.allclose(images[:, 0, 0, 0], (torch.arange(10) - 127.5) / 127.5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_that_are_asked_for_again_are_made_once_if_they_fit(files, workers, monkeypatch):
+    plain = list(EvalBatches(files, batch_size=4, workers=workers, **LOOK).stream(range(3)))
+    batches = EvalBatches(files, batch_size=4, workers=workers, keep=True, **LOOK)
+    first = list(batches.stream(range(1, 3)))  # as after a signal, or in one process of several
+    for path in files.images[4:]:
+        path.write_bytes(b"no longer an image")
+    again = list(batches.stream(range(3)))
+    for a, b in zip(plain, again):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert all(a is b for a, b in zip(first, again[1:]))
+    for memory, kept in ((16 * 4 * 9 * 3 * 16 * 16 - 1, False), (16 * 4 * 9 * 3 * 16 * 16, True)):
+        monkeypatch.setattr("utils.batches.memory", lambda memory=memory: memory)
+        batches = EvalBatches(files.subset(range(4)).subset([0, 1, 2, 3] * 2 + [0]), batch_size=4, keep=True, **LOOK)
+        list(batches.stream(range(3)))
+        assert bool(batches.kept) == kept
+
+
+def test_views_that_need_no_resize_are_not_kept():
+    batches = EvalBatches(split_of(10, size=(16, 16)), batch_size=4, keep=True, **LOOK)
+    assert len(list(batches.stream(range(3)))) == 3 and not batches.kept
 
 
 def test_the_training_view_decides_crops_and_flips():
@@ -173,3 +210,19 @@ def test_a_step_never_makes_the_host_wait_for_the_device(tiny_model, files):
             last = train_step(model, optimizer, scaler, images, labels % 5, lr=0.1, precision=torch.float16)
         torch.cuda.set_sync_debug_mode("default")
         assert k == 3 and torch.isfinite(last.loss)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_made_beside_the_steps_are_the_ones_asked_for_singly(files):
+    """Each is overwritten as soon as it was read, so that memory which is given away too soon would show."""
+    for split in (files, split_of(50)):
+        batches = training(split, device="cuda", size=(128, 128), batch_size=32)
+        busy, sums = torch.randn(4096, 4096, device="cuda"), []
+        for images, labels in batches.stream(range(20)):
+            for _ in range(10):
+                busy = (busy @ busy).tanh()  # so that the host is far ahead
+            sums.append((images.double().sum(), labels.sum()))
+            images.zero_()
+        for k, said in enumerate(sums):
+            images, labels = batches[k]
+            assert said == (images.double().sum(), labels.sum())

@@ -137,6 +137,35 @@ def test_a_stream_that_holds_the_device_up_is_said_once(wait, said, monkeypatch,
     assert len(told) == said and all("% of the last 50 steps' time the device waited" in text for text in told)
 
 
+@pytest.mark.parametrize("steps, share", [(1, None), (11, 0.75), (100, 0.2)])
+def test_how_long_the_device_waited_is_said_at_the_end(steps, share, monkeypatch, caplog):
+    """The first 20 steps fill the pipeline: they wait 3 seconds for each one of work, and count only where all do."""
+    clock = [0.0]
+    monkeypatch.setattr("utils.progress.time.perf_counter", lambda: clock[0])
+    caplog.set_level("INFO")
+
+    def stream():
+        for step in range(steps):
+            clock[0] += 3.0 if step < 21 else 0.25  # the first step of all has none before it, and is not timed
+            yield torch.zeros(1), torch.zeros(1)
+    progress, batches = Progress(Recorder(), steps, 8, scaled=False), stream()
+    for step in range(1, steps + 1):
+        progress.next(batches)
+        clock[0] += 1.0
+        progress.add(step, 0.1, result())
+        if step in (5, 50):
+            with progress.paused():
+                clock[0] += 100
+    progress.flush()
+    progress.close()
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("data ")]
+    if share is None:
+        assert progress.data_wait_share != progress.data_wait_share and not said
+    else:
+        assert progress.data_wait_share == pytest.approx(share)
+        assert said == [f"data     the device waited for images for {100 * share:.1f} % of its time"]
+
+
 def test_a_log_without_a_bar_gives_signs_of_life(monkeypatch, caplog):
     clock = [0.0]
     monkeypatch.setattr("utils.progress.time.perf_counter", lambda: clock[0])

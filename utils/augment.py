@@ -1,4 +1,4 @@
-"""Views of images: crop, flip and resize of a whole uint8 batch on the device, as two batched matrix products.
+"""Views of images: crop, flip and resize of a whole uint8 batch on the device.
 
 A bilinear resize without antialias takes each output row from two input rows: `Taps` says which two and how they are
 mixed. Cropping shifts the taps, flipping reverses them, and a large image may be cut down to its tapped pixels before
@@ -6,7 +6,7 @@ it travels (`shrink`) without changing a bit of the result. The numbers are thos
 `tf.image.sample_distorted_bounding_box` as Google's `input_pipeline.py:get_data` calls them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ASPECT = (0.75, 1.33)  # width / height, drawn uniformly; TensorFlow's default, not torchvision's log-uniform 3/4 to 4/3
+SMALL = 48 * 48  # pixels of a view up to which a CPU, too, is faster with all images at once
 
 
 class Taps(NamedTuple):
@@ -33,15 +34,13 @@ def taps(start: Tensor, length: Tensor, size: int, flip: Tensor | None = None) -
     Half-pixel centres, no antialias also when shrinking. float32 throughout: so are TensorFlow's coordinates.
     """
     scale = length.float() / size
-    at = (torch.arange(size, device=start.device) + 0.5) * scale[:, None] - 0.5   # (B, S)
-    floor = at.floor()
     last = length[:, None] - 1
-    low = torch.minimum(floor.long().clamp(min=0), last) + start[:, None]
-    high = torch.minimum(floor.long() + 1, last) + start[:, None]
-    weight = at - floor
+    at = (torch.arange(size, device=start.device) + 0.5) * scale[:, None] - 0.5   # (B, S)
+    at = torch.minimum(at.clamp(min=0), last)                      # beyond its edge the stretch goes on as it ended
     if flip is not None:
-        low, high, weight = (torch.where(flip[:, None], t.flip(1), t) for t in (low, high, weight))
-    return Taps(low, high, weight)
+        at = torch.where(flip[:, None], at.flip(1), at)
+    low = at.long()
+    return Taps(low + start[:, None], torch.minimum(low + 1, last) + start[:, None], at - low)
 
 
 def box_taps(boxes: Tensor, flips: Tensor, size: tuple[int, int]) -> tuple[Taps, Taps]:
@@ -114,19 +113,32 @@ def stack(images: list[Tensor], rows: list[Taps], columns: list[Taps]) -> tuple[
 
 
 @torch.no_grad()
-def view(images: Tensor, rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
+def view(images: Tensor | list[Tensor], rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (B, C, H, W) and taps on the same device -> float32 (B, C, S_h, S_w), (x - mean) / std per channel.
 
+    images: where they are looked at `singly`, also a list of (C, H, W) of any sizes.
     mean, std: (C, 1, 1) on the scale 0 to 255; (127.5, 127.5) gives Google's [-1, 1].
     """
+    device = rows.low.device
+    resize = _one_by_one if singly(device, (rows.low.shape[1], columns.low.shape[1])) else _all_at_once
+    with torch.autocast(device.type, enabled=False):               # 16 bits would blur the pixels
+        return resize(images, rows, columns, mean, std)
+
+
+def singly(device: torch.device, size: tuple[int, int]) -> bool:
+    """Whether views of `size` are made image by image. It follows from device and size alone, so that images give
+    the same bits wherever they come from; at most SMALL pixels are too few to earn the calls for each image back."""
+    return device.type == "cpu" and size[0] * size[1] > SMALL
+
+
+def _all_at_once(images: Tensor, rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
+    """`view` as two batched matrix products: a few kernels, but most factors are zero."""
     B, C, H, W = images.shape
-    down, across = _matrix(rows, H), _matrix(columns, W)
-    with torch.autocast(images.device.type, enabled=False):        # 16 bits would blur the pixels
-        x = images.permute(0, 2, 1, 3).reshape(B, H, C * W).float()
-        x = down @ x                                               # (B, S_h, C * W)
-        x = x.view(B, -1, W) @ across.mT                           # (B, S_h * C, S_w)
-        x = x.view(B, -1, C, across.shape[1]).transpose(1, 2)      # (B, C, S_h, S_w)
-        return ((x - mean) / std).contiguous()
+    x = images.permute(0, 2, 1, 3).reshape(B, H, C * W).float()
+    x = _matrix(rows, H) @ x                                       # (B, S_h, C * W)
+    x = x.view(B, -1, W) @ _matrix(columns, W).mT                  # (B, S_h * C, S_w)
+    x = x.view(B, -1, C, x.shape[2]).transpose(1, 2).contiguous()  # (B, C, S_h, S_w)
+    return x.sub_(mean).div_(std)  # in place: on a CPU, fresh memory for a batch costs more than the arithmetic
 
 
 def _matrix(taps: Taps, length: int) -> Tensor:
@@ -134,3 +146,37 @@ def _matrix(taps: Taps, length: int) -> Tensor:
     matrix = torch.zeros(*taps.low.shape, length, device=taps.weight.device)
     matrix.scatter_add_(2, taps.low.unsqueeze(2), 1 - taps.weight.unsqueeze(2))
     return matrix.scatter_add_(2, taps.high.unsqueeze(2), taps.weight.unsqueeze(2))
+
+
+def _one_by_one(images: Tensor | list[Tensor], rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
+    """`view` with nothing multiplied by zero, image after image, so that the pixels of one stay in a core's cache."""
+    size = rows.low.shape[1], columns.low.shape[1]
+    views = torch.empty(len(images), len(images[0]), *size)
+    for image, target, (height, *down), (width, *across) in zip(images, views, _each(rows), _each(columns)):
+        x = image[:, height, width]                                # (C, h, w)
+        if x.shape[1] > size[0]:                                   # the rows that are not looked at go first
+            x = _down(x, *down).sub_(mean).div_(std)               # (C, S_h, w)
+            _across(x, *across, out=target)
+        else:                                                      # a small box has the fewest numbers to normalise
+            x = x.float().sub_(mean).div_(std)
+            _down(_across(x, *across), *down, out=target)
+    return views
+
+
+def _down(x: Tensor, low: Tensor, high: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """(C, h, w) -> float32 (C, S_h, w)"""
+    low, high = (x.index_select(1, rows).float() for rows in (low, high))
+    return torch.lerp(low, high, weight[:, None], out=low if out is None else out)
+
+
+def _across(x: Tensor, low: Tensor, high: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """float32 (C, h, w) -> (C, h, S_w)"""
+    low, high = (x.gather(2, columns.expand(*x.shape[:2], -1)) for columns in (low, high))
+    return torch.lerp(low, high, weight, out=low if out is None else out)
+
+
+def _each(taps: Taps) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Of each image: the stretch in which its taps lie, and (S,) low and high counted from there, and weight."""
+    first, last = taps.low.amin(dim=1, keepdim=True), taps.high.amax(dim=1)
+    stretches = (slice(a, b + 1) for a, b in zip(first[:, 0].tolist(), last.tolist()))
+    return zip(stretches, taps.low - first, taps.high - first, taps.weight)

@@ -3,9 +3,10 @@
 """
 
 import logging
+import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.augment import Taps, box_taps, random_boxes, shrink, stack, view, whole_boxes
+from utils.augment import Taps, box_taps, random_boxes, shrink, singly, stack, view, whole_boxes
 from utils.data import Split, View
+from utils.device import keep_memory
 from utils.images import decode, decode_all, pixels_in
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,8 @@ def generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
 
 
 class Looks(NamedTuple):
-    """A part of a batch before it meets the device; where the images lie there already, which ones and their boxes."""
-    pixels: Tensor          # uint8 (n, C, h, w), or the indices (n,) of resident images
+    """A part of a batch before it meets the device; where images are at hand already, which ones and their boxes."""
+    pixels: Tensor          # uint8 (n, C, h, w), or the indices (n,) of images at hand
     rows: Taps | Tensor     # taps (n, S_h), or boxes (n, 4)
     columns: Taps | Tensor  # taps (n, S_w), or flips (n,)
     labels: Tensor          # (n,), with several labels an image (n, C)
@@ -56,6 +58,8 @@ class Batches:
                              f"{len(std)}: there must be one for each channel.")
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1).mul(255).to(self.device) for v in (mean, std))
         self.workers = 0 if decoded else workers
+        # whether an image is looked at where it lies, and not packed for a journey to the device
+        self.at_hand = isinstance(split.images, Tensor) or (decoded and singly(self.device, size))
 
     def count(self, k: int) -> int:
         """How many images are in batch k."""
@@ -70,17 +74,19 @@ class Batches:
         raise NotImplementedError
 
     def parts(self, k: int) -> list[slice]:
-        """The parts in which batch k is made: all at once where the images have one size."""
+        """The parts in which batch k is made: all at once where the images are at hand."""
         count = self.count(k)
-        step = count if isinstance(self.split.images, Tensor) else PART
+        step = count if self.at_hand else PART
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def looks(self, k: int, part: slice) -> Looks:
         """A part of batch k, as far as it goes without the device."""
         indices = self.indices(k)[part]
         labels, images = self.split.labels[indices], self.split.images
-        if isinstance(images, Tensor):
-            boxes, flips = self.boxes(k, part, np.tile(images.shape[2:], (len(indices), 1)))
+        if self.at_hand:
+            one_size = isinstance(images, Tensor)
+            sizes = [images.shape[2:]] * len(indices) if one_size else [images[i].shape[1:] for i in indices]
+            boxes, flips = self.boxes(k, part, np.array(sizes))
             return Looks(torch.from_numpy(indices), torch.from_numpy(boxes), torch.from_numpy(flips), labels)
         images, labels, broken = self._decoded(indices)
         boxes, flips = self.boxes(k, part, np.array([image.shape[1:] for image in images]))
@@ -118,11 +124,17 @@ class Batches:
                 pixels = self._send(pixels)
                 rows, columns = (Taps(*map(self._send, axis)) for axis in (rows, columns))
             else:
-                images = self.split.images
-                pixels = self._send(images[self._send(pixels, images.device)])
+                pixels = self._at_hand(pixels)
                 rows, columns = box_taps(self._send(rows), self._send(columns), self.size)
             views.append(view(pixels, rows, columns, self.mean, self.std))
         return (views[0] if len(views) == 1 else torch.cat(views)), self._send(torch.cat([p.labels for p in parts]))
+
+    def _at_hand(self, indices: Tensor) -> Tensor | list[Tensor]:
+        """The images at these positions, on the device."""
+        images = self.split.images
+        if singly(self.device, self.size):
+            return [images[i] for i in indices.tolist()]
+        return self._send(images.index_select(0, self._send(indices, images.device)))
 
     def _send(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
         device = device or self.device
@@ -131,32 +143,49 @@ class Batches:
         return tensor.to(device, non_blocking=True)
 
     def __getstate__(self):
-        return {**self.__dict__, "mean": None, "std": None}  # on the device, where worker processes have no business
+        return {**self.__dict__, "mean": None, "std": None, "kept": {}}  # worker processes have no business there
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
         return self.on_device([self.looks(k, part) for part in self.parts(k)])
 
-    def stream(self, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of these numbers in order, each made while the one before is used."""
-        make = self._stream_from_processes if self.workers else self._stream_from_thread
-        for parts in make(numbers):
-            yield self.on_device(parts)
+        looks = self._stream_from_processes(numbers) if self.workers else self._stream_from_thread(numbers)
+        if self.device.type == "cuda":
+            return self._beside(looks)
+        return map(self.on_device, looks)  # here, as threads of its own would take the step's cores
 
-    def _stream_from_thread(self, numbers: range) -> Iterator[list[Looks]]:
+    def _beside(self, looks: Iterable[list[Looks]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches whose copies and views have a CUDA stream of their own. The host, which waits for nothing, is ahead
+        of the device, so they overlap the steps before."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))  # resident images may be on their way
+        for parts in looks:
+            with torch.cuda.stream(side):
+                batch = self.on_device(parts)
+            main = torch.cuda.current_stream(self.device)
+            main.wait_stream(side)
+            for tensor in batch:
+                tensor.record_stream(main)  # its memory is another batch's only when the steps asked for have read it
+            yield batch
+
+    def _stream_from_thread(self, numbers: Sequence[int]) -> Iterator[list[Looks]]:
         with ThreadPoolExecutor(1) as thread:
             ahead = None
             for k in numbers:
-                now, following = ahead or thread.submit(self._all_looks, k), k + numbers.step
-                ahead = thread.submit(self._all_looks, following) if following in numbers else None
-                yield now.result()
+                now, ahead = ahead, thread.submit(self._all_looks, k)
+                if now:
+                    yield now.result()
+            if ahead:
+                yield ahead.result()
 
     def _all_looks(self, k: int) -> list[Looks]:
         return [self.looks(k, part) for part in self.parts(k)]
 
-    def _stream_from_processes(self, numbers: range) -> Iterator[list[Looks]]:
+    def _stream_from_processes(self, numbers: Sequence[int]) -> Iterator[list[Looks]]:
         loader = iter(DataLoader(_Parts(self), batch_size=None, sampler=_Numbers(self, numbers),
                                  num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                                 worker_init_fn=_ignore_signals))
+                                 worker_init_fn=_start_worker))
         try:
             for k in numbers:
                 yield [Looks(*next(loader)) for _ in self.parts(k)]
@@ -171,9 +200,11 @@ class Batches:
             loader._shutdown_workers()
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(number: int) -> None:
     """A signal to all processes of the run (Ctrl-C) is for the one that trains: it has a step to end and a state to
-    save, and ends the workers itself."""
+    save, and ends the workers itself. Memory is kept, as with fresh pages for each a large image takes three times as
+    long."""
+    keep_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -191,7 +222,7 @@ class _Parts(Dataset):
 class _Numbers:
     """All (k, part) in order, found one after the other: a run may have millions."""
 
-    def __init__(self, batches: Batches, numbers: range):
+    def __init__(self, batches: Batches, numbers: Sequence[int]):
         self.batches, self.numbers = batches, numbers
 
     def __iter__(self):
@@ -247,12 +278,30 @@ class EvalBatches(Batches):
     """Each image once, in order, squashed to the square; the last batch is as small as it comes.
 
     A file that cannot be read is said and comes as a black image whose label (each of its labels) is -1, so that it
-    can be left out.
+    can be left out. keep: the batches will be asked for again and again, so they are made once if all of them fit.
     """
 
-    def __init__(self, split: Split, *, name: str = "test", **kwargs):
+    def __init__(self, split: Split, *, name: str = "test", keep: bool = False, **kwargs):
         super().__init__(split, **kwargs)
         self.name = name  # under which its metrics are logged
+        self.keep, self.kept = keep, {}
+
+    def stream(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.kept and not (self.keep and self._fits()):
+            yield from super().stream(numbers)
+            return
+        made = super().stream([k for k in numbers if k not in self.kept])
+        for k in numbers:
+            if k not in self.kept:
+                self.kept[k] = next(made)
+            yield self.kept[k]
+
+    def _fits(self) -> bool:
+        """Whether a sixteenth of the memory has room for the views; those that need no resize are as quickly made."""
+        if isinstance(self.split.images, Tensor) and self.split.images.shape[2:] == self.size:
+            return False
+        needed = 4 * len(self.split) * len(self.mean) * math.prod(self.size)
+        return needed <= (torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory()) // 16
 
     def stand_in(self, i: int, error: ValueError) -> tuple[Tensor, Tensor | int]:
         return torch.zeros(self.split.channels, 1, 1, dtype=torch.uint8), -1

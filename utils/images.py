@@ -122,7 +122,7 @@ def _decode(path, channels: int) -> Tensor:
         if is_array or channels not in (1, 3):  # also what helps with a TIFF of many bands, which Pillow cannot read
             advice += f", or store it as .npy, (H, W, {channels}) uint8"
         raise ValueError(f"{path} cannot be read as an image ({reason}): {advice}.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))  # the one copy, as Pillow's is read-only
 
 
 def suffix_of(name: str | Path) -> str:
@@ -177,15 +177,15 @@ def _picture(file, channels: int) -> np.ndarray:
         with suppress(Exception):  # broken EXIF in a sound image: it stays as it lies
             ImageOps.exif_transpose(image, in_place=True)
         if channels == 3:
-            return np.array(_rgb(image))
+            return np.asarray(_rgb(image))
         if channels == 1:
-            return np.array(_rgb(image).convert("L"))[..., None]  # grey comes back as it was
+            return np.asarray(_rgb(image).convert("L"))[..., None]  # grey comes back as it was
         if image.mode == "P" and image.has_transparency_data:
             image = image.convert("RGBA")
         mode = STORED.get(channels)
         if image.mode != mode:
             raise OtherChannels(f"has the channels {', '.join(image.getbands())}")
-        return np.array(image)
+        return np.asarray(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

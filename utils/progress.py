@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.diagnosis import Diagnosis
+from utils.diagnosis import SETTLED, Diagnosis
 from utils.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Progress:
         self.start = self.done = start  # the last step that was read
         self.mark = None   # (step, moment) from which the speed is measured
         self.arrived = self.ended = None  # moments: the batch of the step under way came, the step before it ended
+        self.timed, self.waited, self.taken = 0, 0.0, 0.0  # steps, and seconds of them: without a batch, and in all
 
     def state_dict(self) -> dict:
         """What a run that is continued still has to know: the counts, and what has been said."""
@@ -128,8 +129,22 @@ class Progress:
             self._not_finite(step, lr, scale, loss)
         if self.diagnosis:
             self._tell(self.diagnosis.update(step, loss, accuracy, bool(finite), scale, share or None))
-            if before is not None and arrived is not None:  # of the device's own time: the host may run ahead
-                self._tell(self.diagnosis.waited(step, self._seconds(before, arrived), self._seconds(before, moment)))
+        if before is not None and arrived is not None:  # of the device's own time: the host may run ahead
+            self._time(step, self._seconds(before, arrived), self._seconds(before, moment))
+
+    def _time(self, step: int, wait_seconds: float, step_seconds: float) -> None:
+        self.timed += 1
+        if self.timed == SETTLED + 1:  # those before filled the pipeline: they count in a run that has no others
+            self.waited = self.taken = 0.0
+        self.waited, self.taken = self.waited + wait_seconds, self.taken + step_seconds
+        if self.diagnosis:
+            self._tell(self.diagnosis.waited(step, wait_seconds, step_seconds))
+
+    @property
+    def data_wait_share(self) -> float:
+        """The share of this process's steps' time for which the device had no batch to work on; NaN before a second
+        step. Evaluations and savings are in neither time."""
+        return self.waited / self.taken if self.taken else float("nan")
 
     def _speed(self, step: int, moment) -> float:
         """Images a second since the last mark, which moves here."""
@@ -154,6 +169,8 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+        if self.taken:
+            log.info("data     the device waited for images for %.1f %% of its time", 100 * self.data_wait_share)
         if self.skipped:
             log.info("%d of %d updates overflowed in float16 and were skipped, as its loss scaling expects.",
                      self.skipped, self.total)
