@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -19,15 +20,17 @@ from utils.device import choose_compile, choose_device, choose_precision, compil
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
 from utils.evaluation import Metrics, evaluate
+from utils.fitting import begin
 from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.losses import make_criterion
 from utils.opening import best_by, open_run
 from utils.optim import lr_at, make_optimizer
 from utils.progress import Progress
+from utils.resources import amount, out_of_memory, peak_memory
 from utils.runs import Run, full
 from utils.settings import Settings, given
 from utils.state import State
-from utils.step import make_scaler, train_step
+from utils.step import make_scaler, rehearse, train_step
 
 log = logging.getLogger("train")
 
@@ -42,7 +45,7 @@ def make_batches(settings: Settings, dataset: data.Data, model, device, world: W
     view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
     train = TrainBatches(resident(dataset.train, model.img_size, device), batch_size=settings.train_batch_size,
                          seed=settings.seed, training_view=view, rank=world.rank, processes=world.size, **look)
-    look |= dict(batch_size=settings.eval_batch_size)
+    look |= dict(batch_size=settings.eval_batch_size, keep=True)
     test = EvalBatches(resident(dataset.test, model.img_size, device), name="test", **look)
     if dataset.val is None:
         return train, test, test
@@ -67,21 +70,26 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size
     compiled = choose_compile(settings.compile, model, device, images)
-    preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, world.size,
+    fitting = begin(settings, opened.split, model, precision, device, world)
+    preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, fitting, world.size,
                         opened.step)
     preflight.check_room(settings, model, opened.folder)
     if settings.dry_run:
-        preflight.dry_run(settings, dataset, model, device, precision, opened.folder, world.size)
+        preflight.dry_run(settings, dataset, model, device, precision, opened.folder, fitting, world.size)
         return {}
     batches, selection, test = make_batches(settings, dataset, model, device, world)
     optimizer = make_optimizer(model.to(device).train(), settings.optimizer, weight_decay=settings.weight_decay,
                                momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
+    criterion = make_criterion(dataset.train, settings.label_smoothing, settings.class_weights)
+    now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale), fitting)
+    opened.restore(now)  # before anything is written
+    labels = dataset.train.labels[:1].expand(batches.count(0), *dataset.train.labels.shape[1:]).to(device)
+    fitting.settle(partial(rehearse, model, optimizer, now.scaler, labels, precision, criterion), len(labels), device,
+                   world)  # before compiling, which would take a while for each split
     if compiled:
         compile_blocks(model)
-    now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale))
-    opened.restore(now)  # before anything is written
     about = opened.about(dataset, model, origin, batches.training_view, device, precision, world.size,
-                         compiled)
+                         compiled, fitting.parts)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:
         largest = dataset.train.labels.bincount().max() / len(dataset.train) if not dataset.train.multi_label else 0
@@ -91,7 +99,6 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
         progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=now.scaler.is_enabled(),
                             start=opened.step, diagnosis=diagnosis)
         opened.resume(run, now, progress)
-        criterion = make_criterion(dataset.train, settings.label_smoothing, settings.class_weights)
         with Interrupt() as interrupt:
             fit(settings, now, run, progress, batches, selection, precision, criterion, world, interrupt)
             return finish(now, run, progress, selection, test, world, interrupt)
@@ -115,7 +122,9 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
                 remember(now, run, selection.name, found, metric)
                 progress.say(f"{selection.name} {in_words(found)}")
         asked = [interrupt.signal == number for number in EXIT]
-        *asked, save = world.any(*asked, run.save_is_due(now.step, settings.save_every))
+        *asked, save, cut = world.any(*asked, run.save_is_due(now.step, settings.save_every), now.fitting.changed)
+        if cut:
+            now.fitting.agree(world)
         if due or save or any(asked):
             with progress.paused():
                 run.save(now, progress)
@@ -129,7 +138,7 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
                    decay=settings.decay_type)
         now.step += 1
         result = train_step(network, now.optimizer, now.scaler, images, labels, lr=lr, precision=precision,
-                            micro_batches=settings.gradient_accumulation_steps, criterion=criterion,
+                            micro_batches=now.fitting, criterion=criterion,
                             max_grad_norm=settings.max_grad_norm, world=world,
                             dropout_seed=(settings.seed, now.step, world.rank))
         progress.add(now.step, lr, result)
@@ -195,14 +204,16 @@ def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, tes
         log.info("%s     %s (step %d: %s)", kind, in_words(scores[kind], f" of {scores[kind].images:,} test images"),
                  found["step"], why[kind])
     minutes, seconds = divmod(round(time.monotonic() - run.started), 60)
-    log.info("output   %s, after %d min %02d s", run.folder, minutes, seconds)
+    peak = peak_memory(now.model.pos_embed.device)
+    log.info("output   %s, after %d min %02d s%s", run.folder, minutes, seconds,
+             f", peak memory {amount(peak)}" if peak else "")
     return {"folder": run.folder, **scores}
 
 
 def as_sentence(error: Exception) -> str | None:
     """What a person is told; None: a fault of the program, whose traceback belongs on the screen."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "The memory is full. Try more --gradient_accumulation_steps, or a smaller --img_size."
+    if out_of_memory(error):
+        return "The memory is full. Try --gradient_accumulation_steps auto, or smaller --eval_batch_size or --img_size."
     if isinstance(error, OSError) and (sentence := full(error)):
         return sentence
     if isinstance(error, RuntimeError) and distributed.lost(error):
@@ -224,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         print("\nInterrupted while nothing was being trained; what had been saved is as it was.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         sentence = as_sentence(error)
         if "--debug" in argv or not sentence:
             raise

@@ -19,6 +19,7 @@ from models import configs
 from models.modeling import VisionTransformer
 from utils import preflight, resources
 from utils.data import Data, Split, View, load
+from utils.fitting import Fitting
 from utils.settings import Settings
 
 CPU, GIB = torch.device("cpu"), 2**30
@@ -231,11 +232,11 @@ def test_images_that_have_to_be_enlarged_are_mentioned(image_folder, said):
 # The recipe
 
 
-def summarise(model, data=None, origin=None, **settings):
+def summarise(model, data=None, origin=None, fitting=None, **settings):
     settings = {"num_steps": 100, "warmup_steps": 10, "train_batch_size": 8, **settings}
     origin = {"name": "a.npz", "sha256": "0123456789abcdef"} if origin is None else origin
     preflight.summarise(Settings(**settings), data or in_memory([5, 5], val=[2, 2]), model, origin, CPU, torch.float32,
-                        Path("output/x"))
+                        Path("output/x"), fitting or Fitting(settings.get("gradient_accumulation_steps", 1)))
 
 
 def test_the_summary_tells_the_run_in_a_few_aligned_lines(tiny_model, said):
@@ -248,6 +249,14 @@ def test_the_summary_tells_the_run_in_a_few_aligned_lines(tiny_model, said):
     assert lines["recipe"].startswith("sgd, LR 0.03 after 10 steps of warm-up, cosine, clip 1")
     assert lines["device"].startswith("cpu, float32, about ") and lines["output"] == "output/x"
     assert len(said.messages) == 7 and {line[8] for line in said.messages} == {" "}
+
+
+@pytest.mark.parametrize("parts, settled, words", [
+    (1, True, "8 at once (auto); 100"), (2, True, "8 in 2 micro-batches of 4 (auto); 100"),
+    (2, False, "8 in as few parts as fit (auto); 100")])
+def test_the_summary_tells_the_split_that_was_chosen(tiny_model, said, parts, settled, words):
+    summarise(tiny_model, fitting=Fitting(parts, automatic=True, settled=settled))
+    assert f"batch    {words} steps are 80 epochs" in said.messages
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -340,7 +349,7 @@ torch.set_num_threads(1)
 train(1, 1)
 before = peak()
 model = train(96, 2)
-estimate = resources.memory(model, Settings(train_batch_size=96), torch.float32, torch.device("cpu")).total
+estimate = resources.memory(model, Settings(train_batch_size=96), torch.float32, torch.device("cpu"), parts=1).total
 print((peak() - before) / estimate)
 """
 
@@ -354,7 +363,8 @@ def test_the_estimate_is_near_the_measured_peak_of_the_demo():
 
 def test_memory_follows_optimiser_micro_batches_and_processes(tiny_model):
     def needs(processes=1, **settings):
-        return resources.memory(tiny_model, Settings(train_batch_size=64, **settings), torch.float32, CPU, processes)
+        settings = Settings(**{"train_batch_size": 64, "gradient_accumulation_steps": 1, **settings})
+        return resources.memory(tiny_model, settings, torch.float32, CPU, processes)
     numbers = sum(p.numel() for p in tiny_model.parameters())
     assert needs().optimizer == needs().weights == 4 * numbers and needs(optimizer="adamw").optimizer == 8 * numbers
     assert needs(momentum_dtype="bfloat16").optimizer == 2 * numbers
@@ -438,7 +448,7 @@ def test_amounts_are_readable(size, words):
 def dry(model, said, data=None, **settings):
     settings = {"num_steps": 100, "warmup_steps": 10, "train_batch_size": 8, **settings}
     preflight.dry_run(Settings(**settings), data or in_memory([40, 40], [4, 9]), model, CPU, torch.bfloat16,
-                      Path("output/x"))
+                      Path("output/x"), Fitting(4, automatic=True))
     told, = said.messages
     return {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines() if line.startswith("  ")}
 
@@ -459,6 +469,7 @@ def test_a_dry_run_tells_data_course_needs_and_every_setting(tiny_model, said, t
     assert told["optimizer"] == "* adamw" and told["precision"] == "> bfloat16" and told["seed"] == "42"
     assert told["img_size"] == "> 16,16" and told["model_type"] == "> custom" and told["min_area"] == "> 0.05"
     assert told["eval_every"] == "* 30" and told["metric"] == "> accuracy" and told["name"] == "> x"
+    assert told["gradient_accumulation_steps"] == "> 4"
     assert "Nothing was written" in said.text and list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ def test_defaults_are_those_of_vit_pytorch():
     s = parse([])
     assert (s.dataset, s.train_batch_size, s.eval_batch_size, s.eval_every) == ("cifar10", 512, 64, 100)
     assert (s.learning_rate, s.weight_decay, s.num_steps, s.warmup_steps) == (3e-2, 0, 10_000, 500)
-    assert (s.decay_type, s.max_grad_norm, s.seed, s.gradient_accumulation_steps) == ("cosine", 1.0, 42, 1)
+    assert (s.decay_type, s.max_grad_norm, s.seed, s.gradient_accumulation_steps) == ("cosine", 1.0, 42, "auto")
     assert (s.local_rank, s.loss_scale, s.fp16_opt_level, s.output_dir) == (-1, 0, "O2", "output")
 
 
@@ -58,6 +58,8 @@ def test_a_mistyped_flag_names_the_nearest_one(capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--learning_rate", "abc"], "--learning_rate: invalid float value: 'abc'"),
     (["--img_size", "big"], "'big' is no image size: give 224"), (["--img_size", "0"], "'0' is no image size"),
+    (["--gradient_accumulation_steps", "all"], "'all' is no number of micro-batches: give 1 or more, or auto"),
+    (["--gradient_accumulation_steps", "1.5"], "'1.5' is no number of micro-batches"),
     (["--decay_type", "step"], "invalid choice: 'step'"),
     (["--momentum_dtype", "float16"], "invalid choice: 'float16'"), (["--num_steps"], "expected one argument")])
 def test_a_wrong_value_is_one_line(capsys, argv, words):
@@ -69,6 +71,7 @@ def test_a_wrong_value_is_one_line(capsys, argv, words):
     (dict(train_batch_size=0), "--train_batch_size is 0; it must be at least 1"),
     (dict(train_batch_size=10, gradient_accumulation_steps=3),
      "--train_batch_size 10 cannot be split into --gradient_accumulation_steps 3 equal parts"),
+    (dict(gradient_accumulation_steps=0), "--gradient_accumulation_steps is 0; it must be at least 1"),
     (dict(learning_rate=-1.0), "--learning_rate is -1.0; it must be 0 or more"),
     (dict(learning_rate=float("nan")), "--learning_rate is nan"), (dict(val_fraction=1.0), "--val_fraction is 1.0"),
     (dict(dropout=1.5), "--dropout is 1.5; it must lie between 0 and 1"), (dict(min_area=2.0), "--min_area is 2.0"),

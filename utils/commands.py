@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from utils.resources import out_of_memory
 from utils.settings import Parser, image_size
 from utils.state import replacing
 
@@ -103,8 +103,8 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     except BrokenPipeError:  # whoever read the output (`| head`) has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
         raise SystemExit(0) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        full = out_of_memory(error)
         if args.debug or (isinstance(error, RuntimeError) and not full):
             raise
         print(f"error: {'The memory is full: try a smaller --batch_size.' if full else error}", file=sys.stderr)

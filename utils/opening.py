@@ -82,7 +82,7 @@ class Opening:
                          "where it is), or start another run.")
 
     def about(self, dataset: Data, model, origin: dict, view: View, device: torch.device, precision: torch.dtype,
-              processes: int, compiled: bool) -> dict:
+              processes: int, compiled: bool, micro_batches: int) -> dict:
         """What a run says of itself in its state and in the header of its weights, scores apart; plain values."""
         if self.content:
             before = self.content["about"]
@@ -94,7 +94,7 @@ class Opening:
                     "in_chans": model.config.in_chans, "dropout": model.config.dropout_rate,
                     "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
                     "metric": best_by(self.settings, dataset.train), "compile": "on" if compiled else "off",
-                    **computes_with(device, processes), **asdict(view)}
+                    "gradient_accumulation_steps": micro_batches, **computes_with(device, processes), **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
         return {"classes": list(dataset.train.classes), "finetuned_from": origin, "fingerprint": dataset.fingerprint(),
                 "settings": {**asdict(self.settings), "resolved": resolved}, "where": self.where, **several}
@@ -102,6 +102,13 @@ class Opening:
     @property
     def step(self) -> int:
         return self.content["step"] if self.content else 0
+
+    @property
+    def split(self) -> dict:
+        """The split into micro-batches to go on with, as the state has it; empty: to be found (`fitting.begin`)."""
+        if not self.content or "gradient_accumulation_steps" in self.changed:
+            return {}
+        return self.content.get("split", {})
 
     @property
     def metrics(self) -> int | None:
@@ -131,8 +138,12 @@ class Opening:
             state.settle(run.folder, self.content)
         progress.load_state_dict(self.content["progress"])
         log.info("%-8s from step %d of %d", "resumed", now.step, self.settings.num_steps)
-        for name in CHANGES.keys() & self.changed.keys():
-            log.info("         --%s %s -> %s%s", name, *self.changed[name], CHANGES[name])
+        before = self.content["about"]["settings"]["gradient_accumulation_steps"]  # a number in states without a split
+        split = self.content.get("split", {"micro_batches": before})["micro_batches"], now.fitting.parts
+        changed = {**self.changed, "gradient_accumulation_steps": split}
+        for name, (then, here) in changed.items():
+            if name in CHANGES and then != here:
+                log.info("         --%s %s -> %s%s", name, then, here, CHANGES[name])
         if "num_steps" in self.changed:
             s = self.settings
             rates = [lr_at(now.step, base=s.learning_rate, total=total, warmup=s.warmup_steps, decay=s.decay_type)

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.fill import native_size
 from utils import resources
 from utils.data import Data, Split
+from utils.fitting import Fitting, divisors, in_words
 from utils.images import fingerprint, fingerprints
 from utils.optim import lr_at
 from utils.resources import amount
@@ -183,12 +184,12 @@ def _some(names: list[str], most: int, comma: str = ", ") -> str:
 # --- The recipe ------------------------------------------------------------------------------------------------------
 
 def summarise(settings, dataset: Data, model, origin: dict, device: torch.device, precision: torch.dtype, folder: Path,
-              processes: int = 1, step: int = 0) -> None:
+              fitting: Fitting, processes: int = 1, step: int = 0) -> None:
     """What is about to happen, and what of it looks unwise. step: after how many updates a run is continued."""
     s, images = settings, len(dataset.train)
-    parts = f" = {s.gradient_accumulation_steps} x {s.train_batch_size // s.gradient_accumulation_steps}"
     held = f", {len(dataset.val):,} val" if dataset.val else ""
-    needs, free = resources.memory(model, s, precision, device, processes), resources.free_memory(device)
+    needs = resources.memory(model, s, precision, device, processes, fitting.parts)
+    free = resources.free_memory(device)
     for what, text in {
         "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                  f"{model.img_size[0]} x {model.img_size[1]} px, {model.config.in_chans} channels, "
@@ -197,7 +198,7 @@ def summarise(settings, dataset: Data, model, origin: dict, device: torch.device
             f"{origin['name']} (sha256 {origin['sha256'][:12]}), new head" if origin else "random: from scratch"),
         "data": f"{dataset.name}: {images:,} train{held}, {len(dataset.test):,} {dataset.test_name}, "
                 f"{len(dataset.train.classes)} classes",
-        "batch": f"{s.train_batch_size}{parts if s.gradient_accumulation_steps > 1 else ''}; "
+        "batch": f"{_batch(s.train_batch_size, fitting)}; "
                  f"{s.num_steps:,} steps are {s.num_steps * s.train_batch_size / images:.3g} epochs",
         "recipe": f"{s.optimizer}{', bfloat16 momentum' * (s.momentum_dtype == 'bfloat16')}, LR {s.learning_rate:g} "
                   f"after {s.warmup_steps} steps of warm-up, {s.decay_type}, clip {s.max_grad_norm:g}, "
@@ -214,7 +215,14 @@ def summarise(settings, dataset: Data, model, origin: dict, device: torch.device
         log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
                     "choice use --val_fraction 0.1.")
     _check_recipe(settings, images, model, bool(origin))
-    _check_memory(settings, model, device, precision, processes)
+    _check_memory(settings, model, device, precision, processes, fitting.parts)
+
+
+def _batch(images: int, fitting: Fitting) -> str:
+    """A global batch and its split; one that is still to be tried is said when it is found."""
+    if not fitting.automatic:
+        return f"{images} = {fitting.parts} x {images // fitting.parts}" if fitting.parts > 1 else f"{images}"
+    return f"{in_words(images, fitting.parts)} (auto)" if fitting.settled else f"{images} in as few parts as fit (auto)"
 
 
 def _check_recipe(s, images: int, model, pretrained: bool) -> None:
@@ -236,16 +244,16 @@ def _check_recipe(s, images: int, model, pretrained: bool) -> None:
                     "above" if above else "below", who, low, high, usual)
 
 
-def _check_memory(s, model, device, precision, processes: int) -> None:
-    """Warns where the estimate is beyond what is free, with the split into micro-batches that would fit."""
-    needs, free = resources.memory(model, s, precision, device, processes), resources.free_memory(device)
-    if free is None or needs.total <= free:
+def _check_memory(s, model, device, precision, processes: int, parts: int) -> None:
+    """Warns where the estimate for so many micro-batches is beyond what is free, with the split that would fit."""
+    def needs(parts: int) -> int:
+        return resources.memory(model, s, precision, device, processes, parts).total
+    free = resources.free_memory(device)
+    if free is None or needs(parts) <= free:
         return
-    images = s.train_batch_size // processes
-    fitting = (n for n in range(s.gradient_accumulation_steps + 1, images + 1) if images % n == 0 and free >=
-               resources.memory(model, replace(s, gradient_accumulation_steps=n), precision, device, processes).total)
+    fitting = (n for n in divisors(s.train_batch_size // processes) if n > parts and needs(n) <= free)
     advice = next((f"try --gradient_accumulation_steps {n}" for n in fitting), "try a smaller --img_size or model")
-    log.warning("A training step takes about %s of memory, and %s are free: %s.", amount(needs.total), amount(free),
+    log.warning("A training step takes about %s of memory, and %s are free: %s.", amount(needs(parts)), amount(free),
                 advice)
 
 
@@ -262,10 +270,10 @@ def check_room(settings, model, folder: Path) -> None:
 
 
 def dry_run(settings, dataset: Data, model, device: torch.device, precision: torch.dtype, folder: Path,
-            processes: int = 1) -> None:
+            fitting: Fitting, processes: int = 1) -> None:
     """All that `summarise` leaves out: data by class, the course of the run, its needs, every setting."""
     s, per_epoch = settings, len(dataset.train) / settings.train_batch_size
-    needs = resources.memory(model, s, precision, device, processes)
+    needs = resources.memory(model, s, precision, device, processes, fitting.parts)
     sections = {
         "Data": [(part, _portrait(split)) for part, split in _parts(dataset).items()],
         "Course": [("epochs", f"{s.num_steps / per_epoch:.3g}, of {per_epoch:.4g} steps each"),
@@ -275,7 +283,8 @@ def dry_run(settings, dataset: Data, model, device: torch.device, precision: tor
         "Needs": [("memory", f"about {amount(needs.total)}: " + ", ".join(f"{name} {amount(size)}" for name, size in
                                                                          zip(needs._fields, needs) if size)),
                   ("disk", f"up to {amount(resources.disk(model, s))} of {amount(resources.free_disk(folder))} free")],
-        "Settings (* not the default, > chosen here)": _settings(s, dataset, model, device, precision, folder),
+        "Settings (* not the default, > chosen here)": _settings(s, dataset, model, device, precision, folder,
+                                                                  fitting.parts),
     }
     text = []
     for title, lines in sections.items():
@@ -301,12 +310,14 @@ def _rates(s) -> str:
     return ", ".join(f"step {step:,}: {rate:.3g}" for step, rate in zip(steps, rates))
 
 
-def _settings(s, dataset: Data, model, device, precision, folder: Path) -> list[tuple[str, str]]:
+def _settings(s, dataset: Data, model, device, precision, folder: Path,
+              parts: int) -> list[tuple[str, str]]:
     """(name, value with its mark) of each setting, as it was resolved."""
     config, view = model.config, dataset.view
     chosen = {"model_type": config.name, "img_size": model.img_size, "in_chans": config.in_chans, "name": folder.name,
               "dropout": config.dropout_rate, "min_area": view.min_area, "no_flip": s.no_flip or not view.flip,
-              "device": str(device), "precision": str(precision).removeprefix("torch."),
+              "gradient_accumulation_steps": parts, "device": str(device),
+              "precision": str(precision).removeprefix("torch."),
               "metric": ("map" if dataset.train.multi_label else "accuracy") if s.metric == "auto" else s.metric}
     lines = []
     for f in fields(s):

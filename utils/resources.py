@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ FLOAT = 4           # bytes of a number where nothing is said of its precision
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}  # that an optimiser keeps of each weight
 LINE = 180          # bytes that one value takes in metrics.jsonl and in TensorBoard's file together
 VALUES = 5          # that an update writes there
+FULL = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED")  # in a RuntimeError of PyTorch's
 
 
 class Memory(NamedTuple):
@@ -31,22 +34,27 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(model, settings, precision: torch.dtype, device: torch.device, processes: int = 1) -> Memory:
+def memory(model, settings, precision: torch.dtype, device: torch.device, processes: int = 1,
+           parts: int | None = None) -> Memory:
     """The peak of a training step in each process, without the program itself and the data set kept in memory.
 
+    parts: micro-batches, where the settings leave their number open.
+
     Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -B_16 and hybrids,
-    batches of 4 to 128, float32 and bfloat16): the estimate was 0.86 to 1.29 times the peak. Not measured on GPUs.
+    batches of 4 to 128, float32 and bfloat16): the estimate was 0.86 to 1.29 times the peak. With gradient
+    checkpointing (ViT-demo, -Ti_16 and -S_16, batches of 32 and 96) 0.77 to 1.30 times the estimate. Not on GPUs.
     """
     images = settings.train_batch_size // processes
+    parts = parts or settings.gradient_accumulation_steps
     numbers = sum(p.numel() for p in model.parameters())
     narrow = 0 if precision == torch.float32 else precision.itemsize
     moment = 2 if settings.momentum_dtype == "bfloat16" else FLOAT
     pixels = model.config.in_chans * model.img_size[0] * model.img_size[1]
-    kept = activations(model, images // settings.gradient_accumulation_steps, precision, device)
+    kept = activations(model, images // parts, precision, device)
     gradients = numbers * FLOAT
     return Memory(weights=numbers * (FLOAT + narrow), optimizer=numbers * moment * MOMENTS[settings.optimizer],
                   batch=images * pixels * FLOAT, activations=kept,
-                  gradients=gradients if settings.gradient_accumulation_steps > 1 else max(gradients - kept, 0))
+                  gradients=gradients if parts > 1 else max(gradients - kept, 0))
 
 
 def activations(model, images: int, precision: torch.dtype, device: torch.device) -> int:
@@ -64,7 +72,12 @@ def activations(model, images: int, precision: torch.dtype, device: torch.device
     if device.type == "cpu" and precision == torch.bfloat16 and T <= MANY_TOKENS:  # plain products keep their table
         block += H * T * n
     back = 2 * M * n + 2 * D * FLOAT
-    token = config.num_layers * block + 3 * D * FLOAT + back
+    last = D * FLOAT + 3 * D * n if config.classifier == "token" else block  # of most rows only keys and values
+    layers = (config.num_layers - 1) * block + last
+    if model.gradient_checkpointing:  # of each block what goes in, and one that is computed anew
+        gaps = 4 if device.type == "cpu" else 1  # measured: the heap keeps room around what stays
+        layers = config.num_layers * gaps * D * FLOAT + block
+    token = layers + 3 * D * FLOAT + back
     pixels = config.in_chans * model.img_size[0] * model.img_size[1]
     image = T * token + pixels * n + 3 * model.num_classes * FLOAT + _stem(config, model.img_size)
     return int(SLACK * images * image)
@@ -101,6 +114,30 @@ def free_memory(device: torch.device) -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+
+
+def room(device: torch.device) -> int:
+    """Bytes of a GPU that this process has or may still take, also under a memory fraction."""
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)  # older ones lack it
+    return min(free + torch.cuda.memory_reserved(device), int(fraction * total))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most so far: of tensors on a GPU, of the whole process on a CPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how PyTorch or Python say that there is no memory left, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL))
 
 
 def disk(model: nn.Module, settings) -> int:

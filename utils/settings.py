@@ -37,6 +37,14 @@ def image_size(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
+def micro_batches(text: str) -> int | str:
+    """'4' -> 4, 'auto' -> 'auto'."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of micro-batches: give 1 or more, or auto") from None
+
+
 def flag(default, group: str, help: str, **options):
     """A setting whose command-line flag is made from these words."""
     return field(default=default, metadata={"group": group, "help": help, "options": options})
@@ -78,7 +86,9 @@ class Settings:
                        choices=list(RECIPES))
     num_steps: int = flag(10_000, "training", "updates")
     train_batch_size: int = flag(512, "training", "images an update")
-    gradient_accumulation_steps: int = flag(1, "training", "micro-batches that an update's images are split into")
+    gradient_accumulation_steps: int | str = flag(
+        "auto", "training", "micro-batches that an update's images are split into; auto: as few as fit into memory",
+        type=micro_batches, metavar="N|auto")
     learning_rate: float = flag(3e-2, "training", "peak learning rate")
     warmup_steps: int = flag(500, "training", "updates of linear warm-up")
     decay_type: str = flag("cosine", "training", "after the warm-up", choices=["cosine", "linear"])
@@ -121,8 +131,9 @@ class Settings:
 
     def __post_init__(self):
         """ValueError: a setting that no run can have, with the numbers."""
+        parts = 1 if self.gradient_accumulation_steps == "auto" else self.gradient_accumulation_steps
         for name in ("num_steps", "train_batch_size", "gradient_accumulation_steps", "eval_every", "eval_batch_size"):
-            if getattr(self, name) < 1:
+            if (parts if name == "gradient_accumulation_steps" else getattr(self, name)) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "loss_scale", "seed",
                      "save_every"):
@@ -142,9 +153,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
                 raise ValueError(f"--{name} is {value}; it must lie between {low} and {high}.")
-        if self.train_batch_size % self.gradient_accumulation_steps:
+        if self.train_batch_size % parts:
             raise ValueError(f"--train_batch_size {self.train_batch_size} cannot be split into "
-                             f"--gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts.")
+                             f"--gradient_accumulation_steps {parts} equal parts.")
         if self.momentum_dtype != "float32" and self.optimizer != "sgd":
             raise ValueError(f"--momentum_dtype {self.momentum_dtype} is for sgd's momentum; --optimizer is "
                              f"{self.optimizer}.")
@@ -236,6 +247,7 @@ def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
     resolved = {name: tuple(value) if isinstance(value, list) else value for name, value in
                 stored["resolved"].items()}
     resolved["precision"] = SHORT[resolved["precision"]]
+    resolved.pop("gradient_accumulation_steps", None)  # what auto began with: a number given now is another setting
     changed = {name: (before.get(name), value) for name, value in given.items()
                if value not in (before.get(name), resolved.get(name))}
     if "pretrained_dir" in changed and Path(given["pretrained_dir"]).name == resolved["pretrained_dir"]:

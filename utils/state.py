@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.fitting import Fitting
+
 log = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS = "state.pt", "state.previous.pt"
@@ -29,6 +31,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    fitting: Fitting = field(default_factory=Fitting)  # not restored: the flags may ask for another split
     step: int = 0
     last: dict = field(default_factory=dict)  # the last evaluation: "step", "part" and its metrics; empty before
     best: dict = field(default_factory=dict)  # the best one, with "value", what it was chosen by
@@ -54,8 +57,8 @@ class State:
         """Tensors, numbers and strings in dicts and lists. Best weights that are the present ones are not doubled."""
         present = self.best.get("step") == self.step
         return {"step": self.step, "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "last": self.last, "best": self.best, "finished": self.finished,
-                "best_weights": {} if present else self.best_weights}
+                "scaler": self.scaler.state_dict(), "split": self.fitting.state_dict(), "last": self.last,
+                "best": self.best, "finished": self.finished, "best_weights": {} if present else self.best_weights}
 
     def restore(self, content: dict[str, Any]) -> None:
         """The state as it was when `content` was taken, by a model and an optimiser of the same settings.

@@ -1,7 +1,7 @@
 """One update: accumulation, precision, clipping, the masked step. The only place where a loss is differentiated."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.distributed import ALONE, World
+from utils.fitting import Fitting, meeting
 from utils.losses import accuracy_of
 from utils.optim import clip_by_global_norm
+
+AHEAD = 6  # batches that a GPU holds at most: the one in use, and those that `Progress` lets the host be ahead by
 
 
 class StepResult(NamedTuple):
@@ -26,23 +29,27 @@ class StepResult(NamedTuple):
 
 
 def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, images: Tensor,
-               labels: Tensor, *, lr: float, micro_batches: int = 1, max_grad_norm: float = 1.0,
+               labels: Tensor, *, lr: float, micro_batches: int | Fitting = 1, max_grad_norm: float = 1.0,
                precision: torch.dtype = torch.float32, dropout_seed: tuple[int, ...] = (0, 0),
                criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, world: World = ALONE) -> StepResult:
     """Images (B, 3, H, W), labels (B,) or (B, C) -> one update of the model's weights, in place.
 
     network: the model, or DDP around it (`World.parallel`). The batch is cut into `micro_batches` equal parts whose
-    gradients are averaged, then clipped once, as in Google's `make_update_fn`. precision: float32 (or float64, the
-    weights' own), or the type of autocast. dropout_seed: what the masks are drawn from, (seed, step, ...); each
+    gradients are averaged, then clipped once, as in Google's `make_update_fn`; an automatic `Fitting` cuts finer where
+    memory runs out, and the step is done again from its beginning. precision: float32 (or float64, the weights' own),
+    or the type of autocast. dropout_seed: what the masks are drawn from, (seed, step, ...); each
     micro-batch adds its number. criterion: logits (B, C) and labels -> their mean loss. world: the processes that see
     the other parts of the batch; what is returned is of the whole. A gradient that is not finite masks the update on
-    the device: nothing waits for it. ValueError: B is no multiple of micro_batches.
+    the device: nothing waits for it. ValueError: B is no multiple of micro_batches, or not one image fits into memory.
     """
-    if len(images) % micro_batches:
-        raise ValueError(f"A batch of {len(images)} images cannot be cut into {micro_batches} equal micro-batches.")
-    optimizer.zero_grad(set_to_none=True)
-    loss, accuracy, predicted = accumulate(network, scaler, images, labels, micro_batches, precision, dropout_seed,
-                                           criterion)
+    fitting = micro_batches if isinstance(micro_batches, Fitting) else Fitting(micro_batches)
+    if len(images) % fitting.parts:
+        raise ValueError(f"A batch of {len(images)} images cannot be cut into {fitting.parts} equal micro-batches.")
+    clear = partial(optimizer.zero_grad, set_to_none=True)
+    clear()
+    loss, accuracy, predicted = fitting.run(
+        lambda parts: accumulate(network, scaler, images, labels, parts, precision, dropout_seed, criterion),
+        clear, len(images), step=dropout_seed[1])
     world.average([loss, accuracy, predicted])  # the gradients are averaged already
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     scaler.unscale_(optimizer)
@@ -54,7 +61,7 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: tor
     optimizer.found_inf = (~finite).float()  # on the device: the fused kernels then change nothing
     optimizer.step()                         # not `scaler.step`, which would ask its own, narrower question
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    clear()
     return StepResult(loss, accuracy, norm, finite.float(), scale, predicted.max())
 
 
@@ -65,11 +72,11 @@ def accumulate(network: nn.Module, scaler: torch.amp.GradScaler, images: Tensor,
     model = getattr(network, "module", network)
     loss, accuracy = torch.zeros(2, device=images.device)
     predicted = torch.zeros(model.num_classes, device=images.device)
-    half = precision in (torch.bfloat16, torch.float16)
+    half, several = precision in (torch.bfloat16, torch.float16), isinstance(network, DistributedDataParallel)
     for number, (x, y) in enumerate(zip(images.chunk(micro_batches), labels.chunk(micro_batches))):
         seed_dropout(model, (*dropout_seed, number))
-        inner = number < micro_batches - 1 and isinstance(network, DistributedDataParallel)
-        with network.no_sync() if inner else nullcontext():
+        inner = several and number < micro_batches - 1
+        with network.no_sync() if inner else meeting(several, micro_batches, len(images)):
             with torch.autocast(images.device.type, dtype=precision, enabled=half):
                 logits = network(x)
             logits = logits.float() if half else logits
@@ -80,6 +87,21 @@ def accumulate(network: nn.Module, scaler: torch.amp.GradScaler, images: Tensor,
         if y.ndim == 1:
             predicted.index_add_(0, logits.detach().argmax(dim=1), predicted.new_ones(len(y)) / len(images))
     return loss, accuracy, predicted
+
+
+def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, labels: Tensor,
+             precision: torch.dtype, criterion: Callable[[Tensor, Tensor], Tensor], micro_batches: int) -> None:
+    """Takes the memory of an update by as many images as there are labels (n,) or (n, C), gives it back, and changes no
+    weight. Of the micro-batches, of black images, two are enough: gradients are there in the second."""
+    parts, device = min(micro_batches, 2), labels.device
+    some = len(labels) // micro_batches * parts
+    try:
+        batches = torch.zeros(AHEAD, len(labels), model.config.in_chans, *model.img_size, device=device)
+        adam = [] if optimizer.state else [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        accumulate(model, scaler, batches[0, :some], labels[:some], parts, precision, (0, 0), criterion)
+        del batches, adam  # which had to be there till now
+    finally:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def seed_dropout(model: nn.Module, numbers: tuple[int, ...]) -> None:
