@@ -40,9 +40,9 @@ def memory(model, settings, precision: torch.dtype, device: torch.device, proces
 
     parts: micro-batches, where the settings leave their number open.
 
-    Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -B_16 and hybrids,
-    batches of 4 to 128, float32 and bfloat16): the estimate was 0.86 to 1.29 times the peak. With gradient
-    checkpointing (ViT-demo, -Ti_16 and -S_16, batches of 32 and 96) 0.77 to 1.30 times the estimate. Not on GPUs.
+    Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -S_16, batches of 32 and 96,
+    float32 and bfloat16): the estimate was 1.09 to 1.32 times the peak, with gradient checkpointing 0.77 to 1.30 times.
+    Not measured on GPUs.
     """
     images = settings.train_batch_size // processes
     parts = parts or settings.gradient_accumulation_steps
