@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils import data, distributed, preflight
 from utils.batches import EvalBatches, TrainBatches, resident
 from utils.commands import start_log
-from utils.device import choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
+from utils.device import Computing, choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
 from utils.evaluation import Metrics, evaluate
@@ -59,23 +59,24 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     settings = opened.computing()
     device = choose_device(settings.device, world.local_rank if world.size > 1 else settings.local_rank)
     precision = choose_precision(settings, device)
+    computing = Computing(device, precision, world.size)
     if settings.deterministic:
         make_deterministic()
     with world.first():  # which may download the data
         dataset = data.load(**opened.where, seed=settings.seed, val_fraction=settings.val_fraction,
                             in_chans=opened.config.in_chans)
     dataset = preflight.check_data(dataset, settings, opened.size)
-    opened.check_same(dataset, device, precision, world.size)
+    opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size
-    compiled = choose_compile(settings.compile, model, device, images)
+    compiled, = world.any(choose_compile(settings.compile, model, device, images))  # each measures its own GPU
+    computing = computing._replace(compiled=compiled)
     fitting = begin(settings, opened.split, model, precision, device, world)
-    preflight.summarise(settings, dataset, model, origin, device, precision, opened.folder, fitting, world.size,
-                        opened.step)
+    preflight.summarise(settings, dataset, model, origin, computing, opened.folder, fitting, opened.step)
     preflight.check_room(settings, model, opened.folder)
     if settings.dry_run:
-        preflight.dry_run(settings, dataset, model, device, precision, opened.folder, fitting, world.size)
+        preflight.dry_run(settings, dataset, model, computing, opened.folder, fitting)
         return {}
     batches, selection, test = make_batches(settings, dataset, model, device, world)
     optimizer = make_optimizer(model.to(device).train(), settings.optimizer, weight_decay=settings.weight_decay,
@@ -88,8 +89,7 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
                    world)  # before compiling, which would take a while for each split
     if compiled:
         compile_blocks(model)
-    about = opened.about(dataset, model, origin, batches.training_view, device, precision, world.size,
-                         compiled, fitting.parts)
+    about = opened.about(dataset, model, origin, batches.training_view, computing, fitting.parts)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:
         largest = dataset.train.labels.bincount().max() / len(dataset.train) if not dataset.train.multi_label else 0

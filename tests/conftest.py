@@ -7,6 +7,7 @@ from PIL import Image
 
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
+from models.npz import save_npz
 
 torch.set_num_threads(2)
 
@@ -43,6 +44,23 @@ def image_folder(tmp_path):
                 pixels[..., 2 - label] += 150
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture
+def small_run(image_folder, tiny_config, tmp_path):
+    """small_run("--flag", value ...) -> train.main's result for a run of a tiny checkpoint, twelve updates of twelve
+    images; flags win over those here."""
+    import train
+
+    torch.manual_seed(0)
+    save_npz(VisionTransformer(tiny_config, 16, 7), tmp_path / "tiny.npz")
+
+    def run(*argv, name="run"):
+        flags = {"--dataset": image_folder, "--pretrained_dir": tmp_path / "tiny.npz", "--img_size": 16,
+                 "--num_steps": 12, "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4,
+                 "--output_dir": tmp_path / "output", "--name": name, "--precision": "fp32", "--device": "cpu"}
+        return train.main([str(word) for pair in flags.items() for word in pair] + [str(word) for word in argv])
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 import train
 from bench.kill import differences
 from models.modeling import VisionTransformer
-from models.npz import save_npz
 from utils import fitting, resources, state
 from utils.settings import Settings
 
@@ -23,18 +23,9 @@ STEPS = 12
 
 
 @pytest.fixture
-def start(image_folder, tiny_config, tmp_path):
+def start(small_run):
     """start("--flag", value ...) -> main's result for a run of twelve updates of twelve images."""
-    torch.manual_seed(0)
-    save_npz(VisionTransformer(tiny_config, 16, 7), tmp_path / "tiny.npz")
-
-    def run(*argv, name="run"):
-        flags = {"--dataset": image_folder, "--pretrained_dir": tmp_path / "tiny.npz", "--img_size": 16,
-                 "--num_steps": STEPS, "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4,
-                 "--output_dir": tmp_path / "output", "--name": name, "--learning_rate": 0.03, "--precision": "fp32",
-                 "--device": "cpu", "--val_fraction": 0.25}
-        return train.main([str(word) for pair in flags.items() for word in pair] + [str(word) for word in argv])
-    return run
+    return partial(small_run, "--num_steps", STEPS, "--learning_rate", 0.03, "--val_fraction", 0.25)
 
 
 @pytest.fixture

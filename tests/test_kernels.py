@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models import kernels
 
 
-@pytest.mark.parametrize("rows", [(1, 65), (3, 80), (4, 1), (200,)])
+@pytest.mark.parametrize("rows", [(1, 65), (3, 100), (4, 1), (400,)])
 def test_a_linear_layer_by_convolution_is_a_linear_layer(monkeypatch, rows):
     monkeypatch.setattr(kernels, "_mkl_is_slow", lambda: True)
     calls = []
@@ -29,7 +29,7 @@ def test_a_linear_layer_by_convolution_is_a_linear_layer(monkeypatch, rows):
 
 def test_only_float32_outside_of_autocast_goes_by_convolution(monkeypatch):
     monkeypatch.setattr(kernels, "_mkl_is_slow", lambda: True)
-    x, weight = torch.randn(2, 80, 16), torch.randn(8, 16)
+    x, weight = torch.randn(2, 160, 16), torch.randn(8, 16)
     assert kernels._by_convolution(x, weight)
     assert not kernels._by_convolution(x.double(), weight.double())
     assert not kernels._by_convolution(x.bfloat16(), weight.bfloat16())

@@ -26,7 +26,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kills, pro
 def test_the_comparison_sees_a_bit_and_a_line(tmp_path):
     for name, weight, step in (("a", 1.0, 1), ("b", 1.0, 1), ("c", 1.0 + 2**-23, 1), ("d", 1.0, 2)):
         (tmp_path / name).mkdir()
-        state = {key: {"x": [1, None]} for key in ("optimizer", "scaler", "last", "best", "best_weights", "finished")}
+        state = {key: {"x": [1, None]} for key in ("optimizer", "scaler", "split", "last", "best", "best_weights",
+                                                   "finished")}
         torch.save({**state, "step": 1, "weights": {"w": torch.tensor(weight)}}, tmp_path / name / "state.pt")
         lines = [{"step": step, "name": "train/loss", "value": 1.5, "time": 0.0},
                  {"step": 1, "name": "train/images_per_second", "value": weight, "time": 0.0}]

@@ -19,6 +19,7 @@ from models import configs
 from models.modeling import VisionTransformer
 from utils import preflight, resources
 from utils.data import Data, Split, View, load
+from utils.device import Computing
 from utils.fitting import Fitting
 from utils.settings import Settings
 
@@ -235,8 +236,9 @@ def test_images_that_have_to_be_enlarged_are_mentioned(image_folder, said):
 def summarise(model, data=None, origin=None, fitting=None, **settings):
     settings = {"num_steps": 100, "warmup_steps": 10, "train_batch_size": 8, **settings}
     origin = {"name": "a.npz", "sha256": "0123456789abcdef"} if origin is None else origin
-    preflight.summarise(Settings(**settings), data or in_memory([5, 5], val=[2, 2]), model, origin, CPU, torch.float32,
-                        Path("output/x"), fitting or Fitting(settings.get("gradient_accumulation_steps", 1)))
+    preflight.summarise(Settings(**settings), data or in_memory([5, 5], val=[2, 2]), model, origin,
+                        Computing(CPU, torch.float32), Path("output/x"),
+                        fitting or Fitting(settings.get("gradient_accumulation_steps", 1)))
 
 
 def test_the_summary_tells_the_run_in_a_few_aligned_lines(tiny_model, said):
@@ -447,7 +449,7 @@ def test_amounts_are_readable(size, words):
 
 def dry(model, said, data=None, **settings):
     settings = {"num_steps": 100, "warmup_steps": 10, "train_batch_size": 8, **settings}
-    preflight.dry_run(Settings(**settings), data or in_memory([40, 40], [4, 9]), model, CPU, torch.bfloat16,
+    preflight.dry_run(Settings(**settings), data or in_memory([40, 40], [4, 9]), model, Computing(CPU, torch.bfloat16),
                       Path("output/x"), Fitting(4, automatic=True))
     told, = said.messages
     return {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines() if line.startswith("  ")}
@@ -469,7 +471,7 @@ def test_a_dry_run_tells_data_course_needs_and_every_setting(tiny_model, said, t
     assert told["optimizer"] == "* adamw" and told["precision"] == "> bfloat16" and told["seed"] == "42"
     assert told["img_size"] == "> 16,16" and told["model_type"] == "> custom" and told["min_area"] == "> 0.05"
     assert told["eval_every"] == "* 30" and told["metric"] == "> accuracy" and told["name"] == "> x"
-    assert told["gradient_accumulation_steps"] == "> 4"
+    assert told["gradient_accumulation_steps"] == "> 4" and told["compile"] == "> off"
     assert "Nothing was written" in said.text and list(tmp_path.iterdir()) == []
 
 

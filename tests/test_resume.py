@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,6 @@ from safetensors.torch import load_file
 import train
 from bench.kill import differences, stripped
 from models import exchange
-from models.modeling import VisionTransformer
-from models.npz import save_npz
 from tests.test_state import room_for
 from utils import evaluation
 
@@ -28,18 +27,10 @@ class Crash(Exception):
 
 
 @pytest.fixture
-def start(image_folder, tiny_config, tmp_path):
+def start(small_run):
     """start("--flag", value ...) -> main's result for a run with dropout, crops and two micro-batches."""
-    torch.manual_seed(0)
-    save_npz(VisionTransformer(tiny_config, 16, 7), tmp_path / "tiny.npz")
-
-    def run(*argv, name="run"):
-        flags = {"--dataset": image_folder, "--pretrained_dir": tmp_path / "tiny.npz", "--img_size": 16,
-                 "--num_steps": STEPS, "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4,
-                 "--output_dir": tmp_path / "output", "--name": name, "--learning_rate": 0.1, "--precision": "fp32",
-                 "--device": "cpu", "--dropout": 0.1, "--gradient_accumulation_steps": 2}
-        return train.main([str(word) for pair in flags.items() for word in pair] + [str(word) for word in argv])
-    return run
+    return partial(small_run, "--num_steps", STEPS, "--learning_rate", 0.1, "--dropout", 0.1,
+                   "--gradient_accumulation_steps", 2)
 
 
 @pytest.fixture

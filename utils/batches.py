@@ -143,7 +143,7 @@ class Batches:
         return tensor.to(device, non_blocking=True)
 
     def __getstate__(self):
-        return {**self.__dict__, "mean": None, "std": None, "kept": {}}  # worker processes have no business there
+        return {**self.__dict__, "mean": None, "std": None}  # on the device, where worker processes have no business
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
         return self.on_device([self.looks(k, part) for part in self.parts(k)])
@@ -285,6 +285,9 @@ class EvalBatches(Batches):
         super().__init__(split, **kwargs)
         self.name = name  # under which its metrics are logged
         self.keep, self.kept = keep, {}
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "kept": {}}
 
     def stream(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.kept and not (self.keep and self._fits()):

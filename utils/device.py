@@ -7,9 +7,12 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch.utils._triton import has_triton
+
+from models.kernels import processor
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,19 @@ def choose_device(name: str, local_rank: int = -1) -> torch.device:
     torch.cuda.set_device(device)            # events and streams without a device mean this one
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: convolutions too
     return device
+
+
+class Computing(NamedTuple):
+    """What computes a run, and how."""
+    device: torch.device
+    precision: torch.dtype   # of the matrix products
+    processes: int = 1
+    compiled: bool = False
+
+    def in_words(self) -> dict:
+        """As settings and files have it: {"device": "cpu", "precision": "bfloat16", "compile": "off"}."""
+        return {"device": str(self.device), "precision": str(self.precision).removeprefix("torch."),
+                "compile": "on" if self.compiled else "off"}
 
 
 def choose_compile(asked: str, model, device: torch.device, images: int) -> bool:
@@ -110,12 +126,9 @@ def choose_precision(settings, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively (AVX512-BF16, AMX, Arm); elsewhere float32 is faster."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False  # no Linux: float32 is the safe choice
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    """Whether the processor is known to multiply bfloat16 natively (AVX512-BF16, AMX, Arm); elsewhere float32 is
+    faster."""
+    return bool(processor() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def keep_memory() -> None:

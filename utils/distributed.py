@@ -74,6 +74,8 @@ ALONE = World()
 
 def lost(error: RuntimeError) -> bool:
     """Whether this is how a process learns that another one of its run is gone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "failed to recv", "Timed out")
     return isinstance(error, dist.DistBackendError) or any(words in str(error) for words in gone)
 

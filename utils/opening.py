@@ -14,6 +14,7 @@ from models.fill import with_channels
 from models.modeling import VisionTransformer
 from utils import state
 from utils.data import NAMED, Data, Split, View, check_there
+from utils.device import Computing
 from utils.optim import lr_at
 from utils.progress import Progress
 from utils.runs import PATHS, Run, check_free, data_of, sha256, weights_of
@@ -59,15 +60,15 @@ class Opening:
         return replace(self.settings, precision=SHORT[resolved["precision"]], fp16=False, bf16=False,
                        compile=resolved.get("compile", "off"))
 
-    def check_same(self, dataset: Data, device: torch.device, precision: torch.dtype, processes: int) -> None:
+    def check_same(self, dataset: Data, computing: Computing) -> None:
         """ValueError: the data, or what the device computes in, is not what the run began with. A warning: it computes
         with others, so that the sums have another order."""
         if not self.content:
             return
         about, resolved = self.content["about"], self.content["about"]["settings"]["resolved"]
-        if (now := str(precision).removeprefix("torch.")) != (then := resolved["precision"]):
+        if (now := computing.in_words()["precision"]) != (then := resolved["precision"]):
             raise ValueError(f"{self.folder} computes in {then}, and this device in {now}: continue it where it began.")
-        here = computes_with(device, processes)
+        here = computes_with(computing)
         others = [f"{name} {resolved.get(name)} then, {now} now" for name, now in here.items()
                   if now != resolved.get(name)]
         if others:
@@ -81,8 +82,7 @@ class Opening:
         raise ValueError(f"The data is not that with which {self.folder} began ({what}). Bring it back (--dataset says "
                          "where it is), or start another run.")
 
-    def about(self, dataset: Data, model, origin: dict, view: View, device: torch.device, precision: torch.dtype,
-              processes: int, compiled: bool, micro_batches: int) -> dict:
+    def about(self, dataset: Data, model, origin: dict, view: View, computing: Computing, micro_batches: int) -> dict:
         """What a run says of itself in its state and in the header of its weights, scores apart; plain values."""
         if self.content:
             before = self.content["about"]
@@ -92,9 +92,9 @@ class Opening:
             return {**before, "where": self.where, "settings": {**now, "continued": continued}}
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
                     "in_chans": model.config.in_chans, "dropout": model.config.dropout_rate,
-                    "precision": str(precision).removeprefix("torch."), "pretrained_dir": origin.get("name", "none"),
-                    "metric": best_by(self.settings, dataset.train), "compile": "on" if compiled else "off",
-                    "gradient_accumulation_steps": micro_batches, **computes_with(device, processes), **asdict(view)}
+                    "pretrained_dir": origin.get("name", "none"), "metric": best_by(self.settings, dataset.train),
+                    "gradient_accumulation_steps": micro_batches, **computing.in_words(), **computes_with(computing),
+                    **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
         return {"classes": list(dataset.train.classes), "finetuned_from": origin, "fingerprint": dataset.fingerprint(),
                 "settings": {**asdict(self.settings), "resolved": resolved}, "where": self.where, **several}
@@ -154,10 +154,11 @@ class Opening:
         run.mend(now)
 
 
-def computes_with(device: torch.device, processes: int) -> dict:
+def computes_with(computing: Computing) -> dict:
     """What decides the order of sums beside the settings."""
-    return {"device": device.type, "processes": processes,
-            **({"threads": torch.get_num_threads()} if device.type == "cpu" else {})}
+    kind = computing.device.type
+    return {"device": kind, "processes": computing.processes,
+            **({"threads": torch.get_num_threads()} if kind == "cpu" else {})}
 
 
 def best_by(settings: Settings, split: Split) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.fill import native_size
 from utils import resources
 from utils.data import Data, Split
+from utils.device import Computing
 from utils.fitting import Fitting, divisors, in_words
 from utils.images import fingerprint, fingerprints
 from utils.optim import lr_at
@@ -183,12 +184,12 @@ def _some(names: list[str], most: int, comma: str = ", ") -> str:
 
 # --- The recipe ------------------------------------------------------------------------------------------------------
 
-def summarise(settings, dataset: Data, model, origin: dict, device: torch.device, precision: torch.dtype, folder: Path,
-              fitting: Fitting, processes: int = 1, step: int = 0) -> None:
+def summarise(settings, dataset: Data, model, origin: dict, computing: Computing, folder: Path, fitting: Fitting,
+              step: int = 0) -> None:
     """What is about to happen, and what of it looks unwise. step: after how many updates a run is continued."""
-    s, images = settings, len(dataset.train)
+    s, images, device = settings, len(dataset.train), computing.device
     held = f", {len(dataset.val):,} val" if dataset.val else ""
-    needs = resources.memory(model, s, precision, device, processes, fitting.parts)
+    needs = _needs(model, s, computing, fitting.parts)
     free = resources.free_memory(device)
     for what, text in {
         "model": f"{model.config.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
@@ -204,7 +205,7 @@ def summarise(settings, dataset: Data, model, origin: dict, device: torch.device
                   f"after {s.warmup_steps} steps of warm-up, {s.decay_type}, clip {s.max_grad_norm:g}, "
                   f"weight decay {s.weight_decay:g}, seed {s.seed}",
         "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
-                  f"{str(precision).removeprefix('torch.')}, about {amount(needs.total)} of memory"
+                  f"{computing.in_words()['precision']}, about {amount(needs.total)} of memory"
                   + (f" ({amount(free)} free)" if free else ""),
         "output": str(folder),
     }.items():
@@ -215,7 +216,7 @@ def summarise(settings, dataset: Data, model, origin: dict, device: torch.device
         log.warning("Nothing is held out: `best` will be picked on the test set, as ViT-pytorch does. For an honest "
                     "choice use --val_fraction 0.1.")
     _check_recipe(settings, images, model, bool(origin))
-    _check_memory(settings, model, device, precision, processes, fitting.parts)
+    _check_memory(settings, model, computing, fitting.parts)
 
 
 def _batch(images: int, fitting: Fitting) -> str:
@@ -244,14 +245,18 @@ def _check_recipe(s, images: int, model, pretrained: bool) -> None:
                     "above" if above else "below", who, low, high, usual)
 
 
-def _check_memory(s, model, device, precision, processes: int, parts: int) -> None:
+def _needs(model, s, computing: Computing, parts: int) -> resources.Memory:
+    return resources.memory(model, s, computing.precision, computing.device, computing.processes, parts)
+
+
+def _check_memory(s, model, computing: Computing, parts: int) -> None:
     """Warns where the estimate for so many micro-batches is beyond what is free, with the split that would fit."""
     def needs(parts: int) -> int:
-        return resources.memory(model, s, precision, device, processes, parts).total
-    free = resources.free_memory(device)
+        return _needs(model, s, computing, parts).total
+    free = resources.free_memory(computing.device)
     if free is None or needs(parts) <= free:
         return
-    fitting = (n for n in divisors(s.train_batch_size // processes) if n > parts and needs(n) <= free)
+    fitting = (n for n in divisors(s.train_batch_size // computing.processes) if n > parts and needs(n) <= free)
     advice = next((f"try --gradient_accumulation_steps {n}" for n in fitting), "try a smaller --img_size or model")
     log.warning("A training step takes about %s of memory, and %s are free: %s.", amount(needs(parts)), amount(free),
                 advice)
@@ -269,11 +274,10 @@ def check_room(settings, model, folder: Path) -> None:
         log.warning("%s: make room before something else fills it.", numbers)
 
 
-def dry_run(settings, dataset: Data, model, device: torch.device, precision: torch.dtype, folder: Path,
-            fitting: Fitting, processes: int = 1) -> None:
+def dry_run(settings, dataset: Data, model, computing: Computing, folder: Path, fitting: Fitting) -> None:
     """All that `summarise` leaves out: data by class, the course of the run, its needs, every setting."""
     s, per_epoch = settings, len(dataset.train) / settings.train_batch_size
-    needs = resources.memory(model, s, precision, device, processes, fitting.parts)
+    needs = _needs(model, s, computing, fitting.parts)
     sections = {
         "Data": [(part, _portrait(split)) for part, split in _parts(dataset).items()],
         "Course": [("epochs", f"{s.num_steps / per_epoch:.3g}, of {per_epoch:.4g} steps each"),
@@ -283,8 +287,7 @@ def dry_run(settings, dataset: Data, model, device: torch.device, precision: tor
         "Needs": [("memory", f"about {amount(needs.total)}: " + ", ".join(f"{name} {amount(size)}" for name, size in
                                                                          zip(needs._fields, needs) if size)),
                   ("disk", f"up to {amount(resources.disk(model, s))} of {amount(resources.free_disk(folder))} free")],
-        "Settings (* not the default, > chosen here)": _settings(s, dataset, model, device, precision, folder,
-                                                                  fitting.parts),
+        "Settings (* not the default, > chosen here)": _settings(s, dataset, model, computing, folder, fitting.parts),
     }
     text = []
     for title, lines in sections.items():
@@ -310,14 +313,12 @@ def _rates(s) -> str:
     return ", ".join(f"step {step:,}: {rate:.3g}" for step, rate in zip(steps, rates))
 
 
-def _settings(s, dataset: Data, model, device, precision, folder: Path,
-              parts: int) -> list[tuple[str, str]]:
+def _settings(s, dataset: Data, model, computing: Computing, folder: Path, parts: int) -> list[tuple[str, str]]:
     """(name, value with its mark) of each setting, as it was resolved."""
     config, view = model.config, dataset.view
     chosen = {"model_type": config.name, "img_size": model.img_size, "in_chans": config.in_chans, "name": folder.name,
               "dropout": config.dropout_rate, "min_area": view.min_area, "no_flip": s.no_flip or not view.flip,
-              "gradient_accumulation_steps": parts, "device": str(device),
-              "precision": str(precision).removeprefix("torch."),
+              "gradient_accumulation_steps": parts, **computing.in_words(),
               "metric": ("map" if dataset.train.multi_label else "accuracy") if s.metric == "auto" else s.metric}
     lines = []
     for f in fields(s):

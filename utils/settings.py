@@ -1,6 +1,6 @@
 """Every flag once: name, type, default, group and help. Presets, and the checks that need no data.
 
-Where ViT-pytorch has a flag, ours has its name, meaning and default.
+Where ViT-pytorch has a flag, ours has its name, meaning and default; but the micro-batches are found here, not given.
 """
 
 import argparse
