@@ -1,5 +1,5 @@
 # make demo: fine-tune a pretrained ViT on real images.   make test: run the tests.
-# make bench: ours against other tools, 25 minutes.   All set up .venv first.
+# make bench: ours against other tools, 40 minutes.   All set up .venv first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

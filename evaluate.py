@@ -3,7 +3,6 @@
 Every image of the test part counts once, in float32, squashed to the model's size as in the evaluations of a run.
 """
 
-import csv
 import json
 import logging
 import re
@@ -24,7 +23,7 @@ from utils.device import choose_device
 from utils.evaluation import Outputs, report, stream
 from utils.runs import data_of
 from utils.settings import Parser
-from utils.tables import as_text, some
+from utils.tables import as_text, some, write_rows
 from utils.trained import Trained, open_trained
 
 log = logging.getLogger("evaluate")
@@ -172,29 +171,10 @@ def real_accuracy(said: Outputs, labels: list[list[int]]) -> dict:
 
 # --- Output ----------------------------------------------------------------------------------------------------------
 
-def name_of(split: Split, i: int) -> str:
-    return str(split.images[i]) if isinstance(split.images, list) else str(i)
-
-
 def write_report(file, found: dict) -> None:
     """JSON, a line for each part of the report."""
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in found.items()]
     file.write("{" + ",\n ".join(lines) + "}\n")
-
-
-def write_rows(file, split: Split, said: Outputs) -> None:
-    """A line an image: its file (or number in the set), label, what was predicted, and how likely the model finds it;
-    several labels are joined by |."""
-    rows, classes = csv.writer(file, lineterminator="\n"), split.classes
-    several = said.labels.ndim == 2
-    rows.writerow(["image", "label", "predicted"] + ["confidence"] * (not several))
-    for n, i in enumerate(said.indices.tolist()):
-        if several:
-            names = ["|".join(classes[c] for c in row[n].nonzero()[:, 0]) for row in (said.labels, said.predicted)]
-            rows.writerow([name_of(split, i), *names])
-        else:
-            rows.writerow([name_of(split, i), classes[said.labels[n]], classes[said.predicted[n]],
-                           f"{said.confidence[n]:.6f}"])
 
 
 def ask(trained: Trained, batches: EvalBatches) -> tuple[Outputs, float]:
@@ -227,7 +207,7 @@ def evaluate(args) -> int:
     real = real_labels(args.real_labels, split, trained) if args.real_labels else None
     said, speed = ask(trained, trained.batches(split, device, args.batch_size, args.num_workers))
     read = set(said.indices.tolist())
-    skipped = [name_of(split, i) for i in range(len(split)) if i not in read]
+    skipped = [split.name(i) for i in range(len(split)) if i not in read]
     part = f"{args.split} ({dataset.test_name})" if args.split == "test" else args.split
     found = {"model": str(trained), "data": f"{dataset.name}, {part}", "images_per_second": speed,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

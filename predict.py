@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -21,12 +22,16 @@ from utils.data import Split
 from utils.device import choose_device
 from utils.evaluation import Outputs, stream
 from utils.images import SUFFIXES, suffix_of
+from utils.pictures import explained, figure
 from utils.settings import Parser
+from utils.state import replacing
+from utils.tables import some
 from utils.trained import Trained, open_trained
 
 log = logging.getLogger("predict")
 
 FORMATS = {".txt": "table", ".jsonl": "jsonl", ".csv": "csv"}  # by the ending of --output
+ATTENTION_BATCH = 8  # images: gradients take more memory than predictions
 LIKELY = 0.5  # from where on one of several labels counts as predicted: a logit above 0
 
 
@@ -100,6 +105,41 @@ def predictions(trained: Trained, files: list[str], device, batch_size: int, wor
         yield batch
 
 
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+def picture_files(output: str | None, files: list[str], overwrite: bool) -> dict[str, Path]:
+    """Where each image's picture goes: `attention/` beside --output, or here, under the image's own name; a second one
+    of that name gets a number. ValueError: one is there already."""
+    folder, taken, pictures = Path(output or "").parent / "attention", Counter(), {}
+    for file in dict.fromkeys(files):
+        stem = Path(file).stem
+        taken[stem] += 1
+        pictures[file] = folder / (f"{stem}-{taken[stem]}.png" if taken[stem] > 1 else f"{stem}.png")
+    there = [str(path) for path in pictures.values() if path.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{some(there, 3)}: there already. --overwrite replaces pictures.")
+    return pictures
+
+
+def draw_attention(trained: Trained, said: dict[str, Prediction], pictures: dict[str, Path], device) -> None:
+    """A PNG for each image that could be read, of where the model looks (`utils.pictures.explained`)."""
+    files = [file for file in pictures if file in said]
+    split = Split([Path(file) for file in files], torch.zeros(len(files), dtype=torch.int64), ("",),
+                  trained.model.config.in_chans)
+    batches = trained.batches(split, device, ATTENTION_BATCH, 0)
+    pictures[files[0]].parent.mkdir(exist_ok=True)
+    with tqdm(total=len(files), unit=" pictures", disable=None, leave=False) as bar:
+        for k, (images, _) in enumerate(batches.stream(range(len(batches)))):
+            told = [said[files[i]] for i in batches.indices(k)]
+            classes = torch.tensor([one.top[0][0] for one in told], device=device)
+            for one, panels in zip(told, explained(trained.model, images, classes)):
+                _, name, p = one.top[0]
+                with replacing(pictures[one.file]) as file:
+                    figure(panels, f"{Path(one.file).name}: {name}, {100 * p:.1f} %").savefig(file, format="png")
+                bar.update()
+    log.info("attention: %s", some([str(pictures[file]) for file in files], 3))
+
+
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
 def table_writer(file: TextIO, files: list[str], top_k: int, several: bool) -> Callable[[Prediction], None]:
@@ -146,6 +186,7 @@ def predict(args) -> int:
     if args.output and not args.format and Path(args.output).suffix not in FORMATS:
         raise ValueError(f"--output {args.output}: expected the ending {', '.join(FORMATS)}, or --format.")
     files = find_images(args.images)
+    pictures = picture_files(args.output, files, args.overwrite) if args.attention else {}
     device = choose_device(args.device)
     trained = open_trained(args.checkpoint, device, weights=args.weights, img_size=args.img_size,
                            model_type=args.model_type)
@@ -153,15 +194,19 @@ def predict(args) -> int:
     top_k = min(args.top_k, trained.model.num_classes)
     kind = args.format or FORMATS.get(Path(args.output or "").suffix, "table")
     quiet = None if args.output or not sys.stdout.isatty() else True  # lines on the terminal are progress enough
-    done = 0
+    done, told = 0, {}
     with opened(args.output) as file, tqdm(total=len(files), unit=" images", disable=quiet, leave=False) as bar:
         write = WRITERS[kind](file, files, top_k, trained.multi_label)
         for batch in predictions(trained, files, device, args.batch_size, args.num_workers, top_k):
             for said in batch:
                 write(said)
+                if pictures:
+                    told[said.file] = said
             file.flush()
             done += len(batch)
             bar.update(len(batch))
+    if told:
+        draw_attention(trained, told, pictures, device)
     if kind == "table" and trained.multi_label:
         log.info("* more likely than not")
     if skipped := len(files) - done:
@@ -175,6 +220,8 @@ def parser() -> Parser:
     p.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on standard input")
     p.add_argument("--top_k", type=at_least_one, default=5, metavar="N", help="classes that are shown (default: 5)")
     p.add_argument("--format", choices=list(WRITERS), help="(default: by the ending of --output, else table)")
+    p.add_argument("--attention", action="store_true", help="a PNG for each image of where the model looks, in "
+                   "attention/ beside --output, or here")
     p.add_argument("--output", metavar="FILE", help="write there and not to standard output")
     return p
 

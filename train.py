@@ -2,37 +2,40 @@
 (settings, data, step); nothing else is remembered. `python train.py --help` lists the flags."""
 
 import logging
-import math
 import os
 import shlex
 import sys
-import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils import data, distributed, preflight
-from utils.batches import EvalBatches, TrainBatches, resident
+from utils import data, distributed, preflight, report
+from utils.batches import EvalBatches, TrainBatches, memory, resident
 from utils.commands import start_log
 from utils.device import Computing, choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
-from utils.evaluation import Metrics, evaluate
+from utils.evaluation import Outputs, measure, shared_outputs
 from utils.fitting import begin
 from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.losses import make_criterion
 from utils.opening import best_by, open_run
 from utils.optim import lr_at, make_optimizer
+from utils.pictures import shown
 from utils.progress import Progress
-from utils.resources import amount, out_of_memory, peak_memory
+from utils.resources import out_of_memory
 from utils.runs import Run, full
+from utils.scoring import finish, in_words, remember, stop
 from utils.settings import Settings, given
 from utils.state import State
 from utils.step import make_scaler, rehearse, train_step
 
 log = logging.getLogger("train")
+
+SHOWN = 25  # images of the first batch, in TensorBoard
 
 
 def make_batches(settings: Settings, dataset: data.Data, model, device, world: World):
@@ -43,13 +46,14 @@ def make_batches(settings: Settings, dataset: data.Data, model, device, world: W
     look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
     area = dataset.view.min_area if settings.min_area is None else settings.min_area
     view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
-    train = TrainBatches(resident(dataset.train, model.img_size, device), batch_size=settings.train_batch_size,
+    kept = partial(resident, size=model.img_size, device=device, budget=memory() // 6 // world.local_size)
+    train = TrainBatches(kept(dataset.train), batch_size=settings.train_batch_size,
                          seed=settings.seed, training_view=view, rank=world.rank, processes=world.size, **look)
     look |= dict(batch_size=settings.eval_batch_size, keep=True)
-    test = EvalBatches(resident(dataset.test, model.img_size, device), name="test", **look)
+    test = EvalBatches(kept(dataset.test), name="test", **look)
     if dataset.val is None:
         return train, test, test
-    return train, EvalBatches(resident(dataset.val, model.img_size, device), name="val", **look), test
+    return train, EvalBatches(kept(dataset.val), name="val", **look), test
 
 
 def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
@@ -85,8 +89,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale), fitting)
     opened.restore(now)  # before anything is written
     labels = dataset.train.labels[:1].expand(batches.count(0), *dataset.train.labels.shape[1:]).to(device)
-    fitting.settle(partial(rehearse, model, optimizer, now.scaler, labels, precision, criterion), len(labels), device,
-                   world)  # before compiling, which would take a while for each split
+    fitting.settle(partial(rehearse, model, optimizer, now.scaler, labels, precision, criterion, world), len(labels),
+                   device, world)  # before compiling, which would take a while for each split
     if compiled:
         compile_blocks(model)
     about = opened.about(dataset, model, origin, batches.training_view, computing, fitting.parts)
@@ -100,14 +104,19 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
                             start=opened.step, diagnosis=diagnosis)
         opened.resume(run, now, progress)
         with Interrupt() as interrupt:
-            fit(settings, now, run, progress, batches, selection, precision, criterion, world, interrupt)
-            return finish(now, run, progress, selection, test, world, interrupt)
+            said = fit(settings, now, run, progress, batches, selection, precision, criterion, world, interrupt)
+            found = finish(now, run, progress, selection, test, said, world, interrupt)
+    if run.writes and not settings.no_report:
+        add_report(run.folder)
+    return found
 
 
 def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: TrainBatches, selection: EvalBatches,
-        precision: torch.dtype, criterion, world: World, interrupt: Interrupt) -> None:
+        precision: torch.dtype, criterion, world: World, interrupt: Interrupt) -> Outputs | None:
     """The loop: evaluate, save, stop, update, in this order, so that a run that goes on from `now` takes the same turns
-    as one that never stopped. There is one turn more than there are updates."""
+    as one that never stopped. There is one turn more than there are updates. Returns the last evaluation, in float32;
+    None where the run was continued behind it."""
+    said, classes = None, len(selection.split.classes)
     metric = best_by(settings, selection.split)
     example = torch.zeros(1, now.model.config.in_chans, *now.model.img_size, device=batches.device)
     network = world.parallel(now.model, example)
@@ -117,8 +126,9 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
         due = now.step and (at_end or now.step % settings.eval_every == 0) and now.last.get("step") != now.step
         if due:
             with progress.paused(), suppress(Interrupted):
-                found = evaluate(now.model, selection, torch.float32 if at_end else precision, world=world,
-                                 scores=metric == "map", stop=interrupt.check if world.size == 1 else None)
+                said = shared_outputs(now.model, selection, torch.float32 if at_end else precision, world=world,
+                                      scores=metric == "map", stop=interrupt.check if world.size == 1 else None)
+                found = measure(said, classes)
                 remember(now, run, selection.name, found, metric)
                 progress.say(f"{selection.name} {in_words(found)}")
         asked = [interrupt.signal == number for number in EXIT]
@@ -129,11 +139,14 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
             with progress.paused():
                 run.save(now, progress)
         if any(asked):
+            world.gather(None)  # when one has ended torchrun ends the others, of whom the first may still be saving
             progress.close()
             stop(now, run, list(EXIT)[asked.index(True)])
         if at_end:
             break
         images, labels = progress.next(stream)
+        if not now.step:
+            run.show("train/images", shown(images[:SHOWN], now.model.config), step=0)
         lr = lr_at(now.step, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)
         now.step += 1
@@ -143,71 +156,17 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
                             dropout_seed=(settings.seed, now.step, world.rank))
         progress.add(now.step, lr, result)
     progress.close()
+    return said
 
 
-def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> None:
-    """An evaluation becomes the last one, and the best one where it is."""
-    shown = {"accuracy": found.accuracy, "loss": found.loss, metric: getattr(found, metric)}
-    shown = {name: math.nan if value is None else value for name, value in shown.items()}
-    run.log(now.step, **{f"{part}_{name}": value for name, value in shown.items()})
-    now.last = {"step": now.step, "part": part, **found._asdict()}
-    value = -shown["loss"] if metric == "loss" else shown[metric]
-    value = -math.inf if math.isnan(value) else value
-    if not now.best or value > now.best["value"]:
-        now.best = {**now.last, "value": value}
-        now.remember_best()
-
-
-def in_words(found: Metrics, of: str = "") -> str:
-    precision = "" if found.map is None else f"mean average precision {found.map:.4f}, "
-    return f"{precision}{'' if of else 'accuracy '}{100 * found.accuracy:.2f} %{of}, loss {found.loss:.4f}"
-
-
-def stop(now: State, run: Run, number) -> None:
-    """Ends the process with the exit code that a shell gives for this signal."""
-    log.info("%s: stopped after step %d, which is saved. To continue: python train.py --resume %s", number.name,
-             now.step, run.folder)
-    raise SystemExit(EXIT[number])
-
-
-def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, world: World, interrupt: Interrupt) -> None:
-    """The last and the best weights on the test set, in float32. Interrupted: a signal has come; nothing was logged."""
-    check = interrupt.check if world.size == 1 else None
-    chosen_on_test = selection is test
-    last = Metrics(*(now.last[name] for name in Metrics._fields)) if chosen_on_test else evaluate(
-        now.model, test, world=world, stop=check)  # the loop's last evaluation was in float32, too
-    best = last
-    if now.best["step"] != now.step:
-        with now.best_in_place():
-            best = evaluate(now.model, test, world=world, stop=check)
-    if not chosen_on_test:
-        run.log(now.step, test_accuracy=last.accuracy, test_loss=last.loss)
-    run.log(now.best["step"], best_test_accuracy=best.accuracy, best_test_loss=best.loss)
-    now.finished = {"last": last._asdict(), "best": best._asdict()}
-
-
-def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, test: EvalBatches, world: World,
-           interrupt: Interrupt) -> dict:
-    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
-    if now.finished:
-        log.info("finished already: more --num_steps would go on")
-    else:
-        try:
-            score(now, run, selection, test, world, interrupt)
-        except Interrupted:
-            stop(now, run, interrupt.signal)
-        run.save(now, progress)
-    scores = {kind: Metrics(**now.finished[kind]) for kind in ("last", "best")}
-    part = "this same test set" if selection is test else "the held-out part"
-    why = {"last": "the end of the run", "best": f"the best of the evaluations on {part}"}
-    for kind, found in (("last", now.last), ("best", now.best)):
-        log.info("%s     %s (step %d: %s)", kind, in_words(scores[kind], f" of {scores[kind].images:,} test images"),
-                 found["step"], why[kind])
-    minutes, seconds = divmod(round(time.monotonic() - run.started), 60)
-    peak = peak_memory(now.model.pos_embed.device)
-    log.info("output   %s, after %d min %02d s%s", run.folder, minutes, seconds,
-             f", peak memory {amount(peak)}" if peak else "")
-    return {"folder": run.folder, **scores}
+def add_report(folder: Path) -> None:
+    """report.html; whatever goes wrong there, the run is finished and whole."""
+    try:
+        log.info("report   %s", report.write([folder]))
+    except KeyboardInterrupt:
+        log.warning("No report: interrupted. It can be made later: python -m utils.report %s", folder)
+    except Exception as error:
+        log.warning("No report: %s. It can be made later: python -m utils.report %s", error, folder)
 
 
 def as_sentence(error: Exception) -> str | None:
@@ -218,7 +177,7 @@ def as_sentence(error: Exception) -> str | None:
         return sentence
     if isinstance(error, RuntimeError) and distributed.lost(error):
         return ("Another process of this run is gone, and this one ends, too; what that one said tells why. The last "
-                "state that was saved is whole: --resume continues from it.")
+                f"state that was saved is whole: --resume continues from it. ({str(error).splitlines()[0]})")
     return None if isinstance(error, RuntimeError) else str(error)
 
 
@@ -239,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict:
         sentence = as_sentence(error)
         if "--debug" in argv or not sentence:
             raise
-        print(f"[process {rank}] " * bool(rank) + f"error: {sentence}", file=sys.stderr)
+        sys.stderr.write(f"[process {rank}] " * bool(rank) + f"error: {sentence}\n")  # at once: others write, too
     raise SystemExit(2)
 
 

@@ -80,7 +80,7 @@ def shared_rows() -> list[Row]:
 
 
 def cpu_rows(bfloat16: bool) -> list[Row]:
-    """A step of ViT-B_16 in float32 takes 5 s, hence fewer rounds there: all rows together are to take 25 minutes."""
+    """A step of ViT-B_16 in float32 takes 5 s, hence fewer rounds there: all rows together are to take 40 minutes."""
     rows = []
     for precision in ("float32", "bfloat16") if bfloat16 else ("float32",):
         rounds, few = (5, 1) if precision == "float32" else (7, 2)
@@ -238,7 +238,8 @@ def notes(report: dict) -> list[str]:
     if ready:
         slowest = max(ready, key=ready.get)
         said.append("Loops and evaluations of ours do not contain the decoding of its images, once at the start of a "
-                    f"run: with the building of the model at most {ready[slowest]:.1f} s here ({slowest}).")
+                    f"run: with the building of the model at most {ready[slowest]:.1f} s here ({slowest}); nor do "
+                    "evaluations the resize, which is made once for all of a run's.")
     return [*said, *about_machine(report)]
 
 

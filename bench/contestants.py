@@ -20,6 +20,7 @@ from bench.pictures import CLASSES, part_of, spread
 from bench.turns import Job
 from models.configs import get_config
 from models.configs import replace as with_values
+from utils.evaluation import evaluate
 
 RATE = 1e-3  # learning rate: small, as nothing is learnt here
 
@@ -83,14 +84,11 @@ class Ours(Contestant):
         from utils.settings import SHORT, resolve
 
         job, train = self.job, self.train
-        getattr(train, "keep_memory", lambda: None)()
         settings = self.settings = resolve({
             "dataset": job.data, "pretrained_dir": "none", "train_batch_size": job.batch, "device": job.device,
             "eval_batch_size": job.batch, "precision": SHORT.get(job.precision, job.precision)})
         self.device = train.choose_device(settings.device, settings.local_rank)
         self.precision = train.choose_precision(settings, self.device)
-        if isinstance(settings.gradient_accumulation_steps, int):  # not one that it would find by trying, as here
-            self.micro_batches = max(self.micro_batches, settings.gradient_accumulation_steps)
         dropout = self.config.dropout_rate if job.dropout is None else job.dropout
         self.model = VisionTransformer(with_values(self.config, dropout_rate=dropout), job.size, self.classes)
         if self.needs_data:
@@ -129,7 +127,7 @@ class Ours(Contestant):
         return self.batches.stream(range(self.done, self.done + self.job.count))
 
     def evaluate(self):
-        return self.train.evaluate(self.model, self.test, self.precision).images
+        return evaluate(self.model, self.test, self.precision).images
 
 
 class Plain(Contestant):

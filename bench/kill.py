@@ -34,8 +34,8 @@ def start(output: Path, name: str, processes: int, flags: dict, *more: str) -> s
     words = [str(word) for pair in flags.items() for word in pair]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(output / f"{name}.log", "ab") as log:
-        return subprocess.Popen([*program, *words, *more], cwd=ROOT, env=environment, stdout=log, stderr=log,
-                                start_new_session=True)
+        return subprocess.Popen([*program, *words, "--no_report", *more], cwd=ROOT, env=environment, stdout=log,
+                                stderr=log, start_new_session=True)
 
 
 def victim(process: subprocess.Popen, processes: int, rng: random.Random) -> int:

@@ -325,8 +325,12 @@ def identify(path, config: FrozenConfigDict | str | None = None) -> Identity:
 
 def read_metadata(path) -> dict:
     """What a file tells about itself: the record of ours; the names of the `classes` where transformers wrote them
-    beside it, and ImageNet's for what Google fine-tuned on it; else {}. No tensor is read."""
+    beside it, or, beside NAME.npz, someone wrote NAME.classes.txt, a name a line; ImageNet's for what Google fine-tuned
+    on it; else {}. No tensor is read."""
     if kind_of(path) == "npz":
+        names = Path(path).with_suffix(".classes.txt")
+        if names.is_file():
+            return {"classes": names.read_text(encoding="utf-8").splitlines()}
         what = npz.identify(path)
         return {"classes": published.imagenet_classes()} if what.num_classes == 1000 and what.family else {}
     with Weights(path) as file:

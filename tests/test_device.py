@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from models.configs import get_config, replace
 from models.modeling import VisionTransformer
 from tests.conftest import randomise
+from utils import device
 from utils.device import choose_compile, choose_device, choose_precision, compile_blocks, fit_threads, training_flops
 from utils.optim import make_optimizer
 from utils.settings import Settings
@@ -60,6 +61,18 @@ def test_blocks_compile_whole_and_train_alike(tiny_config):
 def test_compilation_is_for_gpus_unless_it_is_asked_for(tiny_model):
     cpu = torch.device("cpu")
     assert [choose_compile(asked, tiny_model, cpu, 10**9) for asked in ("auto", "on", "off")] == [False, True, False]
+
+
+def test_on_a_gpu_a_run_compiles_that_is_long_enough_to_earn_it_back(tiny_model, monkeypatch):
+    rate, gpu = 10.0**12, torch.device("cuda")
+    monkeypatch.setattr(device, "has_triton", lambda: True)
+    monkeypatch.setattr(device, "matrix_rate", lambda device: rate)
+    seconds = device.COMPILING / device.COMPILED_SAVES
+    images = int(seconds * device.UTILISATION * rate / training_flops(tiny_model))
+    assert [choose_compile("auto", tiny_model, gpu, n) for n in (images - 9, images + 9)] == [False, True]
+    assert not choose_compile("off", tiny_model, gpu, 10 * images)
+    monkeypatch.setattr(device, "has_triton", lambda: False)
+    assert not choose_compile("auto", tiny_model, gpu, 10 * images)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's mallopt")

@@ -25,7 +25,7 @@ def run(output, name, processes, *flags):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "train.py", *FLAGS, "--output_dir",
                            str(output), "--name", name, *flags], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = output / name / "metrics.jsonl"
     return done, [stripped(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
@@ -75,6 +75,40 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path):
     assert process.returncode != 0 and time.monotonic() - started < 60
     assert "Another process of this run is gone" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, ".")
+import train
+from utils import state
+def slowly(folder, content, write=state.write):
+    print("saving", flush=True)
+    time.sleep(3)
+    write(folder, content)
+state.write = slowly
+train.main()
+"""
+
+
+def test_a_signal_to_the_first_process_alone_does_not_cost_the_state_that_it_is_saving(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                                tmp_path / "slow.py", *FLAGS, "--output_dir", str(tmp_path), "--name", "run",
+                                "--num_steps", "5000", "--eval_every", "5000"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (metrics := tmp_path / "run" / "metrics.jsonl").exists() or not metrics.stat().st_size:
+            time.sleep(0.1)
+            assert process.poll() is None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        first = next(int(child) for child in children if b"\0RANK=0\0" in Path(f"/proc/{child}/environ").read_bytes())
+        os.kill(first, signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "saving" in said and "SIGTERM: stopped after step" in said
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] > 0
 
 
 def test_an_error_is_one_sentence_of_each_process_that_meets_it(tmp_path):

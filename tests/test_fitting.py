@@ -11,7 +11,7 @@ from models.modeling import VisionTransformer
 from tests.conftest import randomise
 from tests.test_step import batch, weights
 from utils import fitting, resources
-from utils.distributed import ALONE
+from utils.distributed import ALONE, World
 from utils.fitting import Fitting, begin, divisors, fewest, finer
 from utils.optim import make_optimizer
 from utils.settings import Settings
@@ -198,12 +198,21 @@ def test_the_rehearsal_is_of_two_micro_batches_and_changes_nothing(tiny_config, 
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     scaler = make_scaler("cpu", torch.float16)
     rehearse(model, optimizer, scaler, torch.zeros(8, dtype=torch.int64), torch.float16,
-             torch.nn.functional.cross_entropy, parts)
+             torch.nn.functional.cross_entropy, ALONE, parts)
     assert sizes == seen and torch.equal(weights(model), before) and not optimizer.state
     assert all(p.grad is None for p in model.parameters()) and scaler.get_scale() == 2.0**16
 
 
 # Several processes
+
+
+@pytest.mark.parametrize("size, parts", [(2, 8), (4, 4)])
+def test_parts_that_a_process_cannot_cut_its_images_into_are_refused_at_the_start(tiny_model, size, parts):
+    class Several(World):
+        gather = staticmethod(lambda value: [value])
+    settings = Settings(train_batch_size=8, gradient_accumulation_steps=parts)
+    with pytest.raises(ValueError, match=f"Each of the {size} processes has {8 // size} of .* {parts} equal"):
+        begin(settings, {}, tiny_model, torch.float32, CPU, Several(0, size))
 
 
 def test_where_processes_wait_for_one_another_the_sentence_names_the_split_to_go_on_with():

@@ -11,11 +11,11 @@ from bench import kill
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
-@pytest.mark.parametrize("kills, processes", [(5, 1), pytest.param(2, 2, marks=needs_proc)])
+@pytest.mark.parametrize("kills, processes", [(5, 1), pytest.param(2, 3, marks=needs_proc)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(kills, processes, tmp_path):
     said = []
     # No process lives for more than about 12 updates.
-    flags = {"--num_steps": 20 * (kills + 1), "--eval_every": 25, "--train_batch_size": 8}
+    flags = {"--num_steps": 20 * (kills + 1), "--eval_every": 25, "--train_batch_size": 12}
     assert kill.ordeal(tmp_path, kills, terms=1, processes=processes, flags=flags, say=said.append) == []
     assert len(said) == kills + 1 and all("SIGKILL" in line for line in said[:-1]) and "SIGTERM" in said[-1]
     if processes == 1:

@@ -248,3 +248,41 @@ def test_google_s_fine_tuned_files_name_imagenet_s_classes(ask, tiny_config, ima
     monkeypatch.setattr(exchange, "read_metadata", lambda path: {"classes": imagenet_classes()})
     line, = lines_of(ask(tmp_path / "a.npz", image_folder / "test" / "red" / "0.png", "--format", "jsonl")[0])
     assert line["label"] == imagenet_classes()[line["top"][0]["index"]] and len(line["top"]) == 5
+
+
+# Attention
+
+
+def test_each_image_gets_a_picture_of_where_the_model_looks(run, image_folder, ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = image_folder / "test"
+    Image.new("RGB", (40, 20)).save(folder / "wide.png")
+    files = [folder / "red" / "0.png", folder / "blue" / "0.png", folder / "wide.png", folder / "red" / "0.png"]
+    told = []
+    real = predict.figure
+    monkeypatch.setattr(predict, "figure", lambda panels, title: told.append(title) or real(panels, title))
+    out, told_in_log = ask(run, *files, "--attention", "--format", "jsonl")
+    assert sorted(path.name for path in (tmp_path / "attention").iterdir()) == ["0-2.png", "0.png", "wide.png"]
+    for path in (tmp_path / "attention").iterdir():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+    tops = [line["top"][0] for line in lines_of(out)]
+    assert told == [f"{file.name}: {top['class']}, {100 * top['probability']:.1f} %"
+                    for file, top in zip(files[:3], tops)]
+    assert "attention: " in told_in_log and str(Path("attention") / "0-2.png") in told_in_log
+    before = (tmp_path / "attention" / "0.png").read_bytes()
+    out, err = ask(run, files[0], "--attention", code=2)
+    assert "attention/0.png: there already. --overwrite replaces pictures." in err.replace(os.sep, "/") and not out
+    ask(run, files[1], "--attention", "--overwrite")
+    assert (tmp_path / "attention" / "0.png").read_bytes() != before
+
+
+def test_pictures_lie_beside_the_output_and_a_broken_image_has_none(run, image_folder, ask, tmp_path):
+    (tmp_path / "there").mkdir()
+    broken = image_folder / "test" / "broken.png"
+    broken.write_bytes(b"no image")
+    ask(run, broken, image_folder / "test" / "red" / "1.png", "--attention", "--output", tmp_path / "there" / "a.csv",
+        code=1)
+    assert [path.name for path in (tmp_path / "there" / "attention").iterdir()] == ["1.png"]
+    ask(run, broken, "--attention", "--output", tmp_path / "there" / "b.csv", code=1)
+    assert len(list((tmp_path / "there").iterdir())) == 3

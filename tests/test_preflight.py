@@ -351,7 +351,7 @@ torch.set_num_threads(1)
 train(1, 1)
 before = peak()
 model = train(96, 2)
-estimate = resources.memory(model, Settings(train_batch_size=96), torch.float32, torch.device("cpu"), parts=1).total
+estimate = resources.memory(model, Settings(train_batch_size=96), torch.float32, torch.device("cpu"), 1, 1).total
 print((peak() - before) / estimate)
 """
 
@@ -364,14 +364,15 @@ def test_the_estimate_is_near_the_measured_peak_of_the_demo():
 
 
 def test_memory_follows_optimiser_micro_batches_and_processes(tiny_model):
-    def needs(processes=1, **settings):
-        settings = Settings(**{"train_batch_size": 64, "gradient_accumulation_steps": 1, **settings})
-        return resources.memory(tiny_model, settings, torch.float32, CPU, processes)
+    def needs(processes=1, parts=1, **settings):
+        settings = Settings(train_batch_size=64, **settings)
+        return resources.memory(tiny_model, settings, torch.float32, CPU, processes, parts)
     numbers = sum(p.numel() for p in tiny_model.parameters())
     assert needs().optimizer == needs().weights == 4 * numbers and needs(optimizer="adamw").optimizer == 8 * numbers
     assert needs(momentum_dtype="bfloat16").optimizer == 2 * numbers
-    assert needs(gradient_accumulation_steps=4).activations == pytest.approx(needs().activations / 4, abs=1)
-    assert needs(gradient_accumulation_steps=4).gradients == 4 * numbers and needs().gradients == 0
+    assert needs(parts=4).activations == pytest.approx(needs().activations / 4, abs=1)
+    assert needs(parts=4).gradients == 4 * numbers and needs().gradients == 0
+    assert needs(2, parts=4).gradients == 8 * numbers and needs(2).gradients == 4 * numbers  # DDP's copies
     assert needs(4).batch == needs().batch // 4 and needs().batch == 64 * 3 * 16 * 16 * 4
     assert needs(2).total < needs().total == sum(needs())
 
@@ -389,12 +390,20 @@ def test_a_hybrid_s_stem_is_counted(tiny_config):
     (0, "try a smaller --img_size or model.")])
 def test_a_step_that_does_not_fit_is_said_with_the_split_that_would(tiny_model, said, monkeypatch, free, advice):
     """free: as much as a step of so many micro-batches takes."""
-    free = free and resources.memory(tiny_model, Settings(train_batch_size=32, gradient_accumulation_steps=free),
-                                     torch.float32, CPU).total
+    free = free and resources.memory(tiny_model, Settings(train_batch_size=32), torch.float32, CPU, 1, free).total
     monkeypatch.setattr(resources, "free_memory", lambda device: free)
     summarise(tiny_model, in_memory([40, 40], val=[1, 1]), train_batch_size=32)
     assert [line.split(": ")[1] for line in warnings_of(said)] == ([advice] if advice else [])
     assert ("A training step takes about " in said.text) == bool(advice)
+
+
+@pytest.mark.parametrize("limit, free", [("1000", 1000 - 700 + 200), ("800", 300), ("100", 0), ("max", None)])
+def test_free_memory_keeps_to_the_limit_of_a_container(tmp_path, limit, free):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 100\n")
+    found = resources.free_memory(CPU, tmp_path)
+    assert found == free if free is not None else found > 10**6
 
 
 def test_free_memory_is_a_plausible_number():

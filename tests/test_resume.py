@@ -17,7 +17,7 @@ import train
 from bench.kill import differences, stripped
 from models import exchange
 from tests.test_state import room_for
-from utils import evaluation
+from utils import evaluation, scoring
 
 STEPS = 14
 
@@ -462,13 +462,13 @@ def test_the_tensors_of_the_state_do_not_stay_in_memory(start, cut, monkeypatch)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_final_scoring_leaves_it_to_the_run_that_continues(number, start, monkeypatch, capsys):
     flags = ("--val_fraction", 0.25, "--eval_batch_size", 2)
-    whole, real = start(*flags, name="whole"), train.score
+    whole, real = start(*flags, name="whole"), scoring.score
 
     def score(*args):
         os.kill(os.getpid(), number)
         return real(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "score", score)
+        patch.setattr(scoring, "score", score)
         with pytest.raises(SystemExit) as stop:
             start(*flags)
     assert stop.value.code == 128 + number and f"stopped after step {STEPS}, which is saved" in capsys.readouterr().out

@@ -1,10 +1,13 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from models import exchange
+from utils.data import Split
+from utils.evaluation import Outputs
 from utils.optim import make_optimizer
 from utils.progress import Progress
 from utils.runs import FILES, Run, check_free, full, sha256, weights_of
@@ -151,3 +154,27 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_tensorboard_has_the_settings_as_hyper_parameters_and_the_images_that_are_shown(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    with Run(tmp_path / "a", about(seed=1, min_area=None, resolved={"min_area": 0.05}), "python train.py") as run:
+        run.show("train/images", np.full((5, 4, 6, 3), 9, np.uint8), step=0)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert (events.Images("train/images")[0].height, events.Images("train/images")[0].width) == (2 * 6 + 2, 3 * 8 + 2)
+    about_hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    known = HParamsPluginData.FromString(about_hparams).session_start_info.hparams
+    assert known["seed"].number_value == 1 and known["min_area"].number_value == 0.05
+
+
+def test_predictions_are_a_line_an_image_of_the_split(tmp_path):
+    split = Split(["x/a.png", "x/b.png"], torch.tensor([1, 0]), ("cat", 'a "dog"'))
+    said = Outputs(torch.tensor([0, 1]), split.labels, torch.zeros(2), torch.tensor([1, 1]), torch.tensor([0.5, 0.75]),
+                   torch.zeros(2), None)
+    with Run(tmp_path / "a", about(), "python train.py") as run:
+        run.predicted(split, said)
+    assert (tmp_path / "a" / "predictions.csv").read_text() == (
+        'image,label,predicted,confidence\n'
+        'x/a.png,"a ""dog""","a ""dog""",0.500000\nx/b.png,cat,"a ""dog""",0.750000\n')

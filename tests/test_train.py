@@ -35,11 +35,12 @@ def checkpoint(tiny_config, tmp_path):
 @pytest.fixture
 def start(image_folder, checkpoint, tmp_path):
     """start("--flag", value ...) -> main's result, for a run of ten updates of twelve images."""
-    def run(*argv, name="run"):
+    def run(*argv, name="run", report=False):
         flags = {"--dataset": image_folder, "--pretrained_dir": checkpoint, "--img_size": 16, "--num_steps": 10,
                  "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4, "--output_dir": tmp_path / "output",
                  "--name": name, "--learning_rate": 0.1, "--precision": "fp32", "--device": "cpu"}
-        return train.main([str(word) for pair in flags.items() for word in pair] + [str(word) for word in argv])
+        words = [*(word for pair in flags.items() for word in pair), *argv, *["--no_report"] * (not report)]
+        return train.main([str(word) for word in words])
     return run
 
 
@@ -305,7 +306,7 @@ def test_the_settings_that_decided_the_run_are_kept_with_it(start):
 def test_sets_too_large_for_memory_are_streamed_to_the_same_result(start, monkeypatch, capsys):
     """Dropout, crops and order on; files decoded by two worker processes."""
     first = start("--dropout", 0.1, name="a")
-    monkeypatch.setattr("utils.batches.memory", lambda: 0)
+    monkeypatch.setattr(train, "memory", lambda: 0)
     second = start("--dropout", 0.1, "--num_workers", 2, name="b")
     assert "worker processes will decode them" in capsys.readouterr().out
     assert values(first, "train/loss") == values(second, "train/loss") and first["last"] == second["last"]

@@ -333,6 +333,7 @@ def resident(split: Split, size: tuple[int, int], device, budget: int | None = N
         if decoded_bytes(images, split.channels) > (memory() // 6 if budget is None else budget):
             log.info("%s images are too many to keep in memory: worker processes will decode them.", f"{len(split):,}")
             return split
+        split = replace(split, files=images)
         images = decode_all(images, channels=split.channels)
         shapes = {image.shape for image in images}
         if len(shapes) > 1 or any(n > 2 * s for n, s in zip(images[0].shape[1:], size)):

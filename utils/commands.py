@@ -1,7 +1,6 @@
 """What the tools for a trained model share: flags, the file of the output, errors in a sentence and exit codes."""
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.resources import out_of_memory
 from utils.settings import Parser, image_size
-from utils.state import replacing
+from utils.state import replacing_text
 
 
 class Marked(logging.Formatter):
@@ -29,7 +28,8 @@ def start_log(stream: TextIO, level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(Marked())
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def at_least_one(text: str) -> int:
@@ -74,18 +74,14 @@ def check_free(output: str | None, overwrite: bool) -> None:
 
 @contextmanager
 def opened(output: str | None) -> Iterator[TextIO]:
-    """Where text goes: standard output, or a file that takes its place when it is complete. UTF-8, names that are not
-    (file systems allow them) as the bytes that they are."""
+    """Where text goes: standard output, or a file that takes its place when it is complete (`replacing_text`)."""
     if output is None:
         sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         sys.stdout.flush()
         return
-    with replacing(Path(output)) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        yield text
-        text.flush()
-        text.detach()  # `replacing` has yet to bring it to the disk
+    with replacing_text(Path(output)) as file:
+        yield file
 
 
 def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ class Split:
     labels: Tensor  # (N,) int64, or (N, C) float32 of 0 and 1 where an image may have several
     classes: tuple[str, ...]
     channels: int = 3  # that files are decoded to
+    files: list[Path] | None = None  # that decoded images came from
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,12 +43,18 @@ class Split:
     def multi_label(self) -> bool:
         return self.labels.ndim == 2
 
+    def name(self, i: int) -> str:
+        """The file of image i; its number, where there is none."""
+        files = self.files or self.images
+        return str(files[i]) if isinstance(files, list) else str(i)
+
     def subset(self, indices) -> "Split":
         """The images at these positions, in this order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         images = self.images
         images = images[indices] if isinstance(images, Tensor) else [images[i] for i in indices.tolist()]
-        return replace(self, images=images, labels=self.labels[indices])
+        files = self.files and [self.files[i] for i in indices.tolist()]
+        return replace(self, images=images, labels=self.labels[indices], files=files)
 
 
 @dataclass(frozen=True)

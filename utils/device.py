@@ -70,7 +70,7 @@ def choose_compile(asked: str, model, device: torch.device, images: int) -> bool
 
 def compile_blocks(model, **options) -> None:
     """torch.compile of each block in place, so that names and states stay what they are; all but the last are the same
-    program, compiled once. A hybrid's stem is compiled, too, which lays its channels last. options: torch.compile's."""
+    program, compiled once. A hybrid's stem is compiled, too. options: torch.compile's."""
     for block in model.blocks:
         block.compile(**options)
     if model.config.resnet is not None:

@@ -28,7 +28,8 @@ class World(NamedTuple):
             return model
         warnings.filterwarnings("ignore", "Grad strides do not match")  # of the class token: 1 x 1 x D, any will do
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        network(example).sum().backward()
+        with torch.compiler.set_stance("force_eager"):  # or blocks were compiled for one image, then for any number
+            network(example).sum().backward()
         model.zero_grad(set_to_none=True)
         return network
 

@@ -99,14 +99,22 @@ class Metrics(NamedTuple):
 
 def evaluate(model, batches: EvalBatches, precision: torch.dtype = torch.float32, *, scores: bool = False,
              stop: Callable[[], None] | None = None, world: World = ALONE) -> Metrics:
-    """The metrics of all images of a split, of which each process of the world sees its share of the batches.
+    """The metrics of `shared_outputs`, with the same arguments."""
+    return measure(shared_outputs(model, batches, precision, scores=scores, stop=stop, world=world),
+                   len(batches.split.classes))
 
-    Google drops the last partial batch; here it counts. scores: whether `map` is asked for; it always is with several
-    labels an image. stop: as in `stream`.
+
+def shared_outputs(model, batches: EvalBatches, precision: torch.dtype = torch.float32, *, scores: bool = False,
+                   stop: Callable[[], None] | None = None, world: World = ALONE) -> Outputs:
+    """What the model says about all images of a split, of which each process of the world asks about its share of the
+    batches.
+
+    Google drops the last partial batch; here it counts. scores: whether they are needed (for `map`); with several
+    labels an image they always are. stop: as in `stream`.
     """
     mine = range(world.rank, len(batches), world.size)
     said = outputs(model, batches, precision, numbers=mine, scores=scores or batches.split.multi_label, stop=stop)
-    return measure(Outputs.cat(world.gather(said)), len(batches.split.classes))
+    return Outputs.cat(world.gather(said))
 
 
 def measure(said: Outputs, num_classes: int) -> Metrics:

@@ -54,7 +54,7 @@ class Fitting:
             give_back()
             before, self.parts = self.parts, finer(self.parts, images)
             log.warning("step %d: the memory was full; this step is done again, and from here on an update is cut into "
-                        "%d micro-batches instead of %d.", step, self.parts, before)
+                        "%d micro-batches instead of %d (with dropout: with other masks).", step, self.parts, before)
 
     @property
     def changed(self) -> bool:
@@ -112,11 +112,14 @@ def begin(settings, saved: dict, model, precision: torch.dtype, device: torch.de
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     devices = ", ".join(sorted(set(world.gather(name))))
     here = dict(devices=devices, processes=world.size)
+    images = max(settings.train_batch_size // world.size, 1)
     if asked != "auto":
+        if images % asked:
+            raise ValueError(f"Each of the {world.size} processes has {images} of the {settings.train_batch_size} "
+                             f"images of an update: they cannot be cut into {asked} equal micro-batches.")
         return Fitting(asked, **here)
     if saved and {**saved, **here} == saved:
         return Fitting(saved["micro_batches"], automatic=True, **here)
-    images = max(settings.train_batch_size // world.size, 1)
     if device.type == "cuda":
         free = GPU_SHARE * resources.room(device)
     else:

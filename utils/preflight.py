@@ -39,7 +39,8 @@ RATES = {
     ("adamw", False): (1e-4, 3e-3, 1e-3, "training from scratch with adamw takes"),
 }
 BATCH, LARGEST = 512, 4096  # these belong to the first; up to the second the rate may grow with it (Goyal et al. 2017)
-NOT_SHOWN = {"debug", "dry_run", "overwrite", "fp16", "bf16", "fp16_opt_level"}  # they decide nothing, or under a name
+# They decide nothing, or under another name.
+NOT_SHOWN = {"debug", "dry_run", "overwrite", "no_report", "fp16", "bf16", "fp16_opt_level"}
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

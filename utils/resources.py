@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,34 +28,33 @@ class Memory(NamedTuple):
     optimizer: int
     batch: int        # the images of the whole update
     activations: int  # of one micro-batch: what the forward pass keeps, and the backward pass needs beside it
-    gradients: int    # with one micro-batch only what exceeds the activations, whose room they take
+    gradients: int    # with one micro-batch only what exceeds the activations, whose room they take; of several
+                      # processes also the copies that they send
 
     @property
     def total(self) -> int:
         return sum(self)
 
 
-def memory(model, settings, precision: torch.dtype, device: torch.device, processes: int = 1,
-           parts: int | None = None) -> Memory:
+def memory(model, settings, precision: torch.dtype, device: torch.device, processes: int, parts: int) -> Memory:
     """The peak of a training step in each process, without the program itself and the data set kept in memory.
 
-    parts: micro-batches, where the settings leave their number open.
+    parts: micro-batches.
 
     Measured on a CPU (resident set, two updates; AMD EPYC, torch 2.15; ViT-demo, -Ti_16, -S_16, batches of 32 and 96,
     float32 and bfloat16): the estimate was 1.09 to 1.32 times the peak, with gradient checkpointing 0.77 to 1.30 times.
     Not measured on GPUs.
     """
     images = settings.train_batch_size // processes
-    parts = parts or settings.gradient_accumulation_steps
     numbers = sum(p.numel() for p in model.parameters())
     narrow = 0 if precision == torch.float32 else precision.itemsize
     moment = 2 if settings.momentum_dtype == "bfloat16" else FLOAT
     pixels = model.config.in_chans * model.img_size[0] * model.img_size[1]
     kept = activations(model, images // parts, precision, device)
-    gradients = numbers * FLOAT
+    gradients, sent = numbers * FLOAT, numbers * FLOAT * (processes > 1)  # DDP's buckets; a whole batch's lie in them
+    own = gradients if parts > 1 else 0 if sent else max(gradients - kept, 0)
     return Memory(weights=numbers * (FLOAT + narrow), optimizer=numbers * moment * MOMENTS[settings.optimizer],
-                  batch=images * pixels * FLOAT, activations=kept,
-                  gradients=gradients if parts > 1 else max(gradients - kept, 0))
+                  batch=images * pixels * FLOAT, activations=kept, gradients=own + sent)
 
 
 def activations(model, images: int, precision: torch.dtype, device: torch.device) -> int:
@@ -105,15 +105,22 @@ def _kept(net: nn.Module, images: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on the device; None where the system does not tell."""
+def free_memory(device: torch.device, container: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that are free on the device, and that a container with a limit (`docker --memory`) may still take; None
+    where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+    with suppress(OSError, ValueError, StopIteration):  # no container, or no limit ("max")
+        limit, used = (int((container / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (container / "memory.stat").read_text().splitlines()
+        cache = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))  # given back at need
+        free = min(free, max(limit - used + cache, 0))
+    return free
 
 
 def room(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,12 +20,15 @@ from safetensors.torch import load_file
 from models import exchange
 from models.tensors import record
 from utils import state
-from utils.state import State, replacing
+from utils.data import Split
+from utils.evaluation import Outputs
+from utils.state import State, replacing, replacing_text
+from utils.tables import write_rows
 
 log = logging.getLogger(__name__)
 
 FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", state.NEWEST, state.PREVIOUS,
-         "tensorboard")  # of a run
+         "predictions.csv", "report.html", "tensorboard")  # of a run
 PATHS = ("dataset", "labels", "data_dir")  # settings that say where data is
 SAVE_SECONDS = 300  # between two savings of the state where nobody says how many updates
 
@@ -62,6 +66,8 @@ class Run:
                 file.write((json.dumps(known, indent=2) + "\n").encode())
             self.metrics.truncate(kept)  # what was logged after the state was saved will be logged again
             self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+            if not step:
+                self._show_settings(about["settings"])
         except BaseException:
             self.metrics.close()
             raise
@@ -84,6 +90,29 @@ class Run:
             shown = value if math.isfinite(value) else None  # JSON has no NaN
             self.metrics.write(json.dumps({"step": step, "name": name, "value": shown, "time": round(now, 3)}) + "\n")
             self.tensorboard.add_scalar(name, value, step, walltime=now)
+
+    def _show_settings(self, settings: dict) -> None:
+        """TensorBoard's tab of hyper-parameters: every setting as resolved, beside the scores, which it takes from the
+        curves."""
+        from torch.utils.tensorboard.summary import hparams
+        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                 for name, value in (settings | settings.get("resolved", {})).items() if name != "resolved"}
+        scores = ("train/loss", "val/accuracy", "test/accuracy", "test/loss", "best/test_accuracy")
+        for summary in hparams(plain, dict.fromkeys(scores, 0.0)):
+            self.tensorboard.file_writer.add_summary(summary)
+
+    def show(self, name: str, images: np.ndarray, step: int) -> None:
+        """(N, H, W, 3) uint8, as a square of pictures in TensorBoard."""
+        if self.writes:
+            from torchvision.utils import make_grid
+            square = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=math.ceil(len(images) ** 0.5))
+            self.tensorboard.add_image(name, square, step)
+
+    def predicted(self, split: Split, said: Outputs) -> None:
+        """predictions.csv: what the chosen weights say about each image of the test set."""
+        if self.writes:
+            with replacing_text(self.folder / "predictions.csv") as file:
+                write_rows(file, split, said)
 
     def save(self, now: State, progress) -> None:
         """Writes the state, then the weights files that are behind it. OSError: the states before are as they were."""

@@ -53,7 +53,7 @@ def flag(default, group: str, help: str, **options):
 # What may be given anew when a run is continued. Data may have moved; that it is the same is checked by its contents.
 FREE = {"dataset", "labels", "data_dir", "check_data", "skip_unreadable", "num_workers", "gradient_accumulation_steps",
         "device", "local_rank", "fp16_opt_level", "name", "output_dir", "overwrite", "resume", "save_every", "dry_run",
-        "eval_every", "eval_batch_size", "debug"}
+        "eval_every", "eval_batch_size", "no_report", "debug"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Settings:
     dry_run: bool = flag(False, "output", "check everything, show the effective recipe, and stop")
     eval_every: int = flag(100, "output", "updates between evaluations; there is always one at the end")
     eval_batch_size: int = flag(64, "output", "images at a time in an evaluation")
+    no_report: bool = flag(False, "output", "no report.html at the end (python -m utils.report FOLDER makes it later)")
     debug: bool = flag(False, "output", "show the traceback of an error")
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
 What it holds is not history: batches, crops, dropout masks and learning rates follow from the step (`train.py`).
 """
 
+import io
 import logging
 import os
 import pickle
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,16 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def replacing_text(path: Path) -> Iterator[TextIO]:
+    """`replacing` for text: UTF-8, names that are not (file systems allow them) as the bytes that they are."""
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        yield text
+        text.flush()
+        text.detach()  # `replacing` has yet to bring it to the disk
 
 
 class _Careful:

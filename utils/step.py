@@ -90,16 +90,19 @@ def accumulate(network: nn.Module, scaler: torch.amp.GradScaler, images: Tensor,
 
 
 def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, labels: Tensor,
-             precision: torch.dtype, criterion: Callable[[Tensor, Tensor], Tensor], micro_batches: int) -> None:
+             precision: torch.dtype, criterion: Callable[[Tensor, Tensor], Tensor], world: World,
+             micro_batches: int) -> None:
     """Takes the memory of an update by as many images as there are labels (n,) or (n, C), gives it back, and changes no
-    weight. Of the micro-batches, of black images, two are enough: gradients are there in the second."""
+    weight. Of the micro-batches, of black images, two are enough: gradients are there in the second. Beside them lie
+    the copies that several processes send one another (DDP's buckets)."""
     parts, device = min(micro_batches, 2), labels.device
     some = len(labels) // micro_batches * parts
     try:
         batches = torch.zeros(AHEAD, len(labels), model.config.in_chans, *model.img_size, device=device)
-        adam = [] if optimizer.state else [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        copies = 2 * (not optimizer.state) + (world.size > 1)  # Adam's are made in the first update
+        beside = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
         accumulate(model, scaler, batches[0, :some], labels[:some], parts, precision, (0, 0), criterion)
-        del batches, adam  # which had to be there till now
+        del batches, beside  # which had to be there till now
     finally:
         optimizer.zero_grad(set_to_none=True)
 

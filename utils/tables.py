@@ -1,4 +1,9 @@
-"""The report of an evaluation as aligned plain text."""
+"""What a model said of images, as aligned plain text and as rows."""
+
+import csv
+
+from utils.data import Split
+from utils.evaluation import Outputs
 
 WHOLE = 20  # classes up to which tables show each of them
 WORST = 10  # rows of what is shown instead where there are more
@@ -75,3 +80,20 @@ def confusions(found: dict) -> str:
     return "\n".join(["most frequent confusions"] + [
         f"{names[label]:{width}}  taken for {names[predicted]}: {n} of {found['classes'][label]['images']}"
         for label, predicted, n in wrong])
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+def write_rows(file, split: Split, said: Outputs) -> None:
+    """A line an image: its file (or number in the set), label, what was predicted, and how likely the model finds it;
+    several labels are joined by |."""
+    rows, classes = csv.writer(file, lineterminator="\n"), split.classes
+    several = said.labels.ndim == 2
+    rows.writerow(["image", "label", "predicted"] + ["confidence"] * (not several))
+    for n, i in enumerate(said.indices.tolist()):
+        if several:
+            names = ["|".join(classes[c] for c in row[n].nonzero()[:, 0]) for row in (said.labels, said.predicted)]
+            rows.writerow([split.name(i), *names])
+        else:
+            rows.writerow([split.name(i), classes[said.labels[n]], classes[said.predicted[n]],
+                           f"{said.confidence[n]:.6f}"])

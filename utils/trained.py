@@ -1,15 +1,18 @@
 """A checkpoint of any layout, or the folder of a run -> a model that can be asked, with the names of its classes."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models import exchange, sources
 from models.modeling import VisionTransformer
 from utils.batches import PART, EvalBatches
 from utils.data import Split
+from utils.images import decode
 from utils.runs import weights_of
 
 
@@ -31,6 +34,13 @@ class Trained:
             workers = min(os.cpu_count() or 1, 8) if len(split) > PART else 0
         return EvalBatches(split, size=self.model.img_size, mean=config.mean, std=config.std, device=device,
                            batch_size=batch_size, workers=workers)
+
+    def images(self, files: Sequence[str | Path]) -> Tensor:
+        """(B, in_chans, H, W) on the model's device: files as `batches` shows them. ValueError: one cannot be read."""
+        channels = self.model.config.in_chans
+        pixels = [decode(Path(file), channels) for file in files]
+        split = Split(pixels, torch.zeros(len(pixels), dtype=torch.int64), self.classes or (), channels)
+        return self.batches(split, self.model.pos_embed.device, len(pixels), 0)[0][0]
 
     def __str__(self) -> str:
         kind = "yes or no for each of " if self.multi_label else ""

@@ -1,0 +1,85 @@
+"""What a run's evaluations become: the last and the best, and the numbers and predictions at its end."""
+
+import logging
+import math
+import time
+from functools import partial
+
+from utils.batches import EvalBatches
+from utils.distributed import World
+from utils.evaluation import Metrics, Outputs, measure, shared_outputs
+from utils.interrupt import EXIT, Interrupt, Interrupted
+from utils.progress import Progress
+from utils.resources import amount, peak_memory
+from utils.runs import Run
+from utils.state import State
+
+log = logging.getLogger(__name__)
+
+
+def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> None:
+    """An evaluation becomes the last one, and the best one where it is."""
+    shown = {"accuracy": found.accuracy, "loss": found.loss, metric: getattr(found, metric)}
+    shown = {name: math.nan if value is None else value for name, value in shown.items()}
+    run.log(now.step, **{f"{part}_{name}": value for name, value in shown.items()})
+    now.last = {"step": now.step, "part": part, **found._asdict()}
+    value = -shown["loss"] if metric == "loss" else shown[metric]
+    value = -math.inf if math.isnan(value) else value
+    if not now.best or value > now.best["value"]:
+        now.best = {**now.last, "value": value}
+        now.remember_best()
+
+
+def in_words(found: Metrics, of: str = "") -> str:
+    precision = "" if found.map is None else f"mean average precision {found.map:.4f}, "
+    return f"{precision}{'' if of else 'accuracy '}{100 * found.accuracy:.2f} %{of}, loss {found.loss:.4f}"
+
+
+def stop(now: State, run: Run, number) -> None:
+    """Ends the process with the exit code that a shell gives for this signal."""
+    log.info("%s: stopped after step %d, which is saved. To continue: python train.py --resume %s", number.name,
+             now.step, run.folder)
+    raise SystemExit(EXIT[number])
+
+
+def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, said: Outputs | None, world: World,
+          interrupt: Interrupt) -> None:
+    """The last and the best weights on the test set, in float32; those that one would take leave predictions.csv.
+    said: the loop's last evaluation. Interrupted: a signal has come; nothing was logged."""
+    ask = partial(shared_outputs, now.model, test, scores=now.last["map"] is not None, world=world,
+                  stop=interrupt.check if world.size == 1 else None)
+    chosen_on_test = selection is test
+    last = best = said if chosen_on_test and said else ask()
+    if now.best["step"] != now.step:
+        with now.best_in_place():
+            best = ask()
+    scores = {kind: measure(found, len(test.split.classes)) for kind, found in (("last", last), ("best", best))}
+    if not chosen_on_test:
+        run.log(now.step, test_accuracy=scores["last"].accuracy, test_loss=scores["last"].loss)
+    run.log(now.best["step"], best_test_accuracy=scores["best"].accuracy, best_test_loss=scores["best"].loss)
+    run.predicted(test.split, last if chosen_on_test else best)
+    now.finished = {kind: found._asdict() for kind, found in scores.items()}
+
+
+def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, test: EvalBatches, said: Outputs | None,
+           world: World, interrupt: Interrupt) -> dict:
+    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
+    if now.finished:
+        log.info("finished already: more --num_steps would go on")
+    else:
+        try:
+            score(now, run, selection, test, said, world, interrupt)
+        except Interrupted:
+            stop(now, run, interrupt.signal)
+        run.save(now, progress)
+    scores = {kind: Metrics(**now.finished[kind]) for kind in ("last", "best")}
+    part = "this same test set" if selection is test else "the held-out part"
+    why = {"last": "the end of the run", "best": f"the best of the evaluations on {part}"}
+    for kind, found in (("last", now.last), ("best", now.best)):
+        log.info("%s     %s (step %d: %s)", kind, in_words(scores[kind], f" of {scores[kind].images:,} test images"),
+                 found["step"], why[kind])
+    minutes, seconds = divmod(round(time.monotonic() - run.started), 60)
+    peak = peak_memory(now.model.pos_embed.device)
+    log.info("output   %s, after %d min %02d s%s", run.folder, minutes, seconds,
+             f", peak memory {amount(peak)}" if peak else "")
+    return {"folder": run.folder, **scores}
