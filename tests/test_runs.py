@@ -160,13 +160,15 @@ def test_tensorboard_has_the_settings_as_hyper_parameters_and_the_images_that_ar
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    with Run(tmp_path / "a", about(seed=1, min_area=None, resolved={"min_area": 0.05}), "python train.py") as run:
+    settings = about(seed=1, min_area=None, debug=True, no_flip=True, resolved={"min_area": 0.05})
+    with Run(tmp_path / "a", settings, "python train.py") as run:
         run.show("train/images", np.full((5, 4, 6, 3), 9, np.uint8), step=0)
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
     assert (events.Images("train/images")[0].height, events.Images("train/images")[0].width) == (2 * 6 + 2, 3 * 8 + 2)
     about_hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     known = HParamsPluginData.FromString(about_hparams).session_start_info.hparams
     assert known["seed"].number_value == 1 and known["min_area"].number_value == 0.05
+    assert known["no_flip"].string_value == "True" and "debug" not in known
 
 
 def test_predictions_are_a_line_an_image_of_the_split(tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs through `main(argv)`, as a user starts them, on tiny images that the tests write."""
 
 import ast
+import csv
 import json
 import math
 from dataclasses import fields
@@ -22,6 +23,7 @@ from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
 from tests.test_exchange import vit_pytorch_names
 from utils import data
 from utils.images import decode_all
+from utils.trained import open_trained
 
 
 @pytest.fixture
@@ -310,6 +312,41 @@ def test_sets_too_large_for_memory_are_streamed_to_the_same_result(start, monkey
     second = start("--dropout", 0.1, "--num_workers", 2, name="b")
     assert "worker processes will decode them" in capsys.readouterr().out
     assert values(first, "train/loss") == values(second, "train/loss") and first["last"] == second["last"]
+
+
+def test_a_run_leaves_predictions_a_report_and_its_first_images(start, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = start("--train_batch_size", 4, report=True)
+    folder = result["folder"]
+    rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+    assert len(rows) == 12 == result["last"].images and {row["label"] for row in rows} == {"blue", "green", "red"}
+    assert sum(row["label"] == row["predicted"] for row in rows) / 12 == result["last"].accuracy
+    text = (folder / "report.html").read_text()
+    assert f"{100 * result['last'].accuracy:.2f} %" in text
+    assert f"report   {folder / 'report.html'}" in capsys.readouterr().out
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (image,), expected = events.Images("train/images"), 2 * (16 + 2) + 2
+    assert (image.step, image.height, image.width) == (0, expected, expected)
+
+    def broken(folders):
+        raise RuntimeError("no more ink")
+    monkeypatch.setattr(train.report, "write", broken)
+    assert start("--overwrite", report=True)["last"] == start("--overwrite")["last"]
+    assert ("warning: No report: no more ink. It can be made later: python -m utils.report "
+            f"{folder}") in capsys.readouterr().out
+
+
+def test_predictions_are_of_the_weights_that_one_would_take(start):
+    folder = start("--val_fraction", 0.25)["folder"]
+    rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+    away = {}
+    for kind in ("best", "last"):
+        trained = open_trained(str(folder), torch.device("cpu"), weights=kind)
+        with torch.no_grad():
+            sure = trained.model(trained.images([row["image"] for row in rows])).softmax(dim=1).amax(dim=1)
+        away[kind] = max(abs(a - float(row["confidence"])) for a, row in zip(sure.tolist(), rows))
+    assert away["best"] < 1e-5 < 1e-3 < away["last"]
 
 
 def test_an_interrupt_ends_with_a_sentence(start, monkeypatch, capsys):

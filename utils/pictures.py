@@ -63,7 +63,7 @@ def figure(pictures: dict[str, np.ndarray], title: str = "", width: float = 2.6)
     from matplotlib.figure import Figure
 
     height, across = next(iter(pictures.values())).shape[:2]
-    figure = Figure(figsize=(width * len(pictures), width * height / across + 0.7), layout="constrained", dpi=100)
+    figure = Figure(figsize=(width * len(pictures), width * height / across + 0.5), layout="constrained", dpi=100)
     for axes, (name, picture) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items()):
         axes.imshow(picture, interpolation="bicubic" if across < 200 else None)
         axes.set_xlabel(name, fontsize=9)

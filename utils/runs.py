@@ -22,6 +22,7 @@ from models.tensors import record
 from utils import state
 from utils.data import Split
 from utils.evaluation import Outputs
+from utils.settings import FREE
 from utils.state import State, replacing, replacing_text
 from utils.tables import write_rows
 
@@ -92,11 +93,12 @@ class Run:
             self.tensorboard.add_scalar(name, value, step, walltime=now)
 
     def _show_settings(self, settings: dict) -> None:
-        """TensorBoard's tab of hyper-parameters: every setting as resolved, beside the scores, which it takes from the
-        curves."""
+        """TensorBoard's tab of hyper-parameters: what decides the run, as resolved, beside the scores, which it takes
+        from the curves."""
         from torch.utils.tensorboard.summary import hparams
-        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
-                 for name, value in (settings | settings.get("resolved", {})).items() if name != "resolved"}
+        effective = settings | settings.get("resolved", {})
+        plain = {name: value if type(value) in (int, float) else str(value) for name, value in effective.items()
+                 if name == "dataset" or name not in FREE | {"resolved", "fp16", "bf16"}}
         scores = ("train/loss", "val/accuracy", "test/accuracy", "test/loss", "best/test_accuracy")
         for summary in hparams(plain, dict.fromkeys(scores, 0.0)):
             self.tensorboard.file_writer.add_summary(summary)
