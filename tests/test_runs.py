@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from models import exchange
-from utils.data import Split
-from utils.evaluation import Outputs
 from utils.optim import make_optimizer
 from utils.progress import Progress
 from utils.runs import FILES, Run, check_free, full, sha256, weights_of
@@ -169,14 +167,3 @@ def test_tensorboard_has_the_settings_as_hyper_parameters_and_the_images_that_ar
     known = HParamsPluginData.FromString(about_hparams).session_start_info.hparams
     assert known["seed"].number_value == 1 and known["min_area"].number_value == 0.05
     assert known["no_flip"].string_value == "True" and "debug" not in known
-
-
-def test_predictions_are_a_line_an_image_of_the_split(tmp_path):
-    split = Split(["x/a.png", "x/b.png"], torch.tensor([1, 0]), ("cat", 'a "dog"'))
-    said = Outputs(torch.tensor([0, 1]), split.labels, torch.zeros(2), torch.tensor([1, 1]), torch.tensor([0.5, 0.75]),
-                   torch.zeros(2), None)
-    with Run(tmp_path / "a", about(), "python train.py") as run:
-        run.predicted(split, said)
-    assert (tmp_path / "a" / "predictions.csv").read_text() == (
-        'image,label,predicted,confidence\n'
-        'x/a.png,"a ""dog""","a ""dog""",0.500000\nx/b.png,cat,"a ""dog""",0.750000\n')

@@ -20,11 +20,8 @@ from safetensors.torch import load_file
 from models import exchange
 from models.tensors import record
 from utils import state
-from utils.data import Split
-from utils.evaluation import Outputs
 from utils.settings import FREE
-from utils.state import State, replacing, replacing_text
-from utils.tables import write_rows
+from utils.state import State, replacing
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +106,6 @@ class Run:
             from torchvision.utils import make_grid
             square = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=math.ceil(len(images) ** 0.5))
             self.tensorboard.add_image(name, square, step)
-
-    def predicted(self, split: Split, said: Outputs) -> None:
-        """predictions.csv: what the chosen weights say about each image of the test set."""
-        if self.writes:
-            with replacing_text(self.folder / "predictions.csv") as file:
-                write_rows(file, split, said)
 
     def save(self, now: State, progress) -> None:
         """Writes the state, then the weights files that are behind it. OSError: the states before are as they were."""

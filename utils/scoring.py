@@ -12,7 +12,8 @@ from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.progress import Progress
 from utils.resources import amount, peak_memory
 from utils.runs import Run
-from utils.state import State
+from utils.state import State, replacing_text
+from utils.tables import write_rows
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, said:
     if not chosen_on_test:
         run.log(now.step, test_accuracy=scores["last"].accuracy, test_loss=scores["last"].loss)
     run.log(now.best["step"], best_test_accuracy=scores["best"].accuracy, best_test_loss=scores["best"].loss)
-    run.predicted(test.split, last if chosen_on_test else best)
+    if run.writes:
+        with replacing_text(run.folder / "predictions.csv") as file:
+            write_rows(file, test.split, last if chosen_on_test else best)
     now.finished = {kind: found._asdict() for kind, found in scores.items()}
 
 
