@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -109,25 +109,31 @@ def predictions(trained: Trained, files: list[str], device, batch_size: int, wor
 
 def picture_files(output: str | None, files: list[str], overwrite: bool) -> dict[str, Path]:
     """Where each image's picture goes: `attention/` beside --output, or here, under the image's own name; a second one
-    of that name gets a number. ValueError: one is there already."""
-    folder, taken, pictures = Path(output or "").parent / "attention", Counter(), {}
+    of that name gets a number. Makes the folder. ValueError: a picture is there already, or the folder cannot be."""
+    folder, taken, pictures = Path(output or "").parent / "attention", set(), {}
     for file in dict.fromkeys(files):
         stem = Path(file).stem
-        taken[stem] += 1
-        pictures[file] = folder / (f"{stem}-{taken[stem]}.png" if taken[stem] > 1 else f"{stem}.png")
+        name = next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name not in taken)
+        taken.add(name)
+        pictures[file] = folder / f"{name}.png"
     there = [str(path) for path in pictures.values() if path.exists()]
     if there and not overwrite:
         raise ValueError(f"{some(there, 3)}: there already. --overwrite replaces pictures.")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The pictures would go to {folder}, which cannot be made ({error.strerror}). Give --output "
+                         "elsewhere.") from error
     return pictures
 
 
-def draw_attention(trained: Trained, said: dict[str, Prediction], pictures: dict[str, Path], device) -> None:
+def draw_attention(trained: Trained, said: dict[str, Prediction], pictures: dict[str, Path], device,
+                   batch_size: int) -> None:
     """A PNG for each image that could be read, of where the model looks (`utils.pictures.explained`)."""
     files = [file for file in pictures if file in said]
     split = Split([Path(file) for file in files], torch.zeros(len(files), dtype=torch.int64), ("",),
                   trained.model.config.in_chans)
-    batches = trained.batches(split, device, ATTENTION_BATCH, 0)
-    pictures[files[0]].parent.mkdir(exist_ok=True)
+    batches = trained.batches(split, device, batch_size, 0)
     with tqdm(total=len(files), unit=" pictures", disable=None, leave=False) as bar:
         for k, (images, _) in enumerate(batches.stream(range(len(batches)))):
             told = [said[files[i]] for i in batches.indices(k)]
@@ -206,7 +212,7 @@ def predict(args) -> int:
             done += len(batch)
             bar.update(len(batch))
     if told:
-        draw_attention(trained, told, pictures, device)
+        draw_attention(trained, told, pictures, device, min(args.batch_size, ATTENTION_BATCH))
     if kind == "table" and trained.multi_label:
         log.info("* more likely than not")
     if skipped := len(files) - done:

@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         use_cuda = torch.cuda.is_available() and flags.get("device") != "cpu"
         with logging_redirect_tqdm(), distributed.processes(use_cuda) as world:
-            return train(flags, shlex.join(["python", "train.py", *argv]), world)
+            return train(flags, shlex.join([*distributed.launcher(), "train.py", *argv]), world)
     except KeyboardInterrupt:
         print("\nInterrupted while nothing was being trained; what had been saved is as it was.", file=sys.stderr)
         raise SystemExit(130) from None

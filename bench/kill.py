@@ -95,6 +95,7 @@ def differences(one: Path, other: Path) -> list[str]:
     states = [torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)]
     found = [key for key in ("step", "weights", "optimizer", "scaler", "split", "last", "best", "best_weights",
                               "finished") if not same(states[0][key], states[1][key])]
+    found += ["predictions.csv"] * (len({(folder / "predictions.csv").read_bytes() for folder in (one, other)}) > 1)
     lines = [list(map(stripped, (folder / "metrics.jsonl").read_text().splitlines())) for folder in (one, other)]
     return found + ([f"metrics.jsonl ({len(lines[0])} and {len(lines[1])} lines)"] if lines[0] != lines[1] else [])
 

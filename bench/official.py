@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.attention import attention_maps
 from models.configs import get_config, replace
 from models.fill import google_zeroes_edge, resize_pos_embed
 from models.modeling import VisionTransformer
@@ -57,7 +58,7 @@ def worst(errors: list[float]) -> float:
 
 @torch.no_grad()
 def forward_case(folder: Path):
-    """Logits at every size, and at the native one tokens, head input and stem, in both precisions."""
+    """Logits at every size, and at the native one tokens, head input, stem and attention, in both precisions."""
     config = json.loads((folder / "config.json").read_text())
     expected = np.load(folder / "expected.npz")
     stages = bool(config["resnet"] and config["resnet"]["num_layers"])
@@ -75,6 +76,9 @@ def forward_case(folder: Path):
             pooled = tokens[:, 0] if model.config.classifier == "token" else tokens.mean(dim=1)
             ours = {f"logits_{size}_{bits}": model(images), f"tokens_{size}_{bits}": tokens,
                     f"features_{size}_{bits}": model.pre_logits(pooled), f"posemb_{size}_{bits}": model.pos_embed}
+            if f"attn_{size}_layer0_{bits}" in expected.files:
+                maps = attention_maps(model, images)
+                ours |= {f"attn_{size}_layer{i}_{bits}": found for i, found in enumerate(maps)}
             if stages:
                 ours[f"stem_{size}_{bits}"] = model.patch_embed.backbone(images).permute(0, 2, 3, 1)
             errors = [relative(value, expected[name]) for name, value in ours.items() if name in expected.files]

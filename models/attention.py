@@ -25,7 +25,8 @@ def recording(model: VisionTransformer, take: Callable[[int, Tensor], None], lay
     (0 the first, -1 the last).
 
     map: (B, H, T, T), softmax(q k' / sqrt(d)), float32 at least: row i says how much token i takes from each token. It
-    is made when the pass comes to its layer, so that only those exist at a time that `take` keeps.
+    is made when the pass comes to its layer, so that only those exist at a time that `take` keeps. In a training with
+    gradient checkpointing the way back passes each layer once more.
     """
     def hook(layer: int):
         return lambda attn, inputs: take(layer, attention_map(attn, inputs[0]))
@@ -102,7 +103,8 @@ def class_rollout(model: VisionTransformer, images: Tensor, classes: Tensor) -> 
     classes: (B,) int64. Chefer, Gur and Wolf 2021 (Generic Attention-model Explainability), equations 5 and 6: a
     layer's matrix is the identity plus the mean over the heads of map times gradient where that is positive. The fused
     kernel keeps no maps to differentiate; but where O = A V the gradient of A is that of O times V', and the head's row
-    of the product needs one pass over the layers from the last to the first, whose maps are made one at a time.
+    of the product needs one pass over the layers from the last to the first, whose maps are made one at a time. Not
+    under `torch.inference_mode`, which has no gradients.
     """
     entered, left = [], []  # of each layer: its input, and the heads' output before the projection
     handles = [handle for block in model.blocks for handle in (
@@ -110,12 +112,13 @@ def class_rollout(model: VisionTransformer, images: Tensor, classes: Tensor) -> 
         block.attn.proj.register_forward_pre_hook(lambda _, inputs: left.append(inputs[0])))]
     with _asked(model), torch.enable_grad(), _eager():
         try:
-            logits = model(images.detach().requires_grad_())                 # so that frozen weights do no harm
+            logits = model(images.detach().clone().requires_grad_())         # so that frozen weights do no harm
         finally:
             for handle in handles:
                 handle.remove()
         gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), left)
-    row = torch.zeros_like(entered[0][..., 0])                               # (B, T): the head's row of the product
+    exact = torch.promote_types(entered[0].dtype, torch.float32)
+    row = torch.zeros(entered[0].shape[:2], dtype=exact, device=images.device)  # (B, T): the head's row of the product
     if model.config.classifier == "token":
         row[:, 0] = 1
     else:
@@ -177,10 +180,11 @@ def _eager():
 
 @contextmanager
 def _asked(model):
-    """The model in evaluation mode; afterwards in the mode in which it was."""
-    training = model.training
+    """The model in evaluation mode; afterwards each of its modules in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training

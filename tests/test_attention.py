@@ -132,7 +132,26 @@ def test_class_rollout_takes_the_gradient_of_each_map(tiny_config, kind):
         assert (found[b].flatten() - row).abs().max() < 1e-5 * row.max()
 
 
-def test_attention_distance_is_the_weighted_mean_of_pixels(tiny_config, monkeypatch):
+@pytest.mark.parametrize("kind", ["token", "gap"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_types_are_looked_at_too(tiny_config, kind, dtype):
+    model, images, classes = made(tiny_config, kind), torch.randn(1, 3, *SIZE), torch.tensor([1])
+    exact = [attention.rollout(model, images), attention.class_rollout(model, images, classes),
+             attention.attention_distance(model, images)]
+    model, images = model.to(dtype), images.to(dtype)
+    found = [attention.rollout(model, images), attention.class_rollout(model, images, classes),
+             attention.attention_distance(model, images)]
+    for one, other in zip(found, exact):
+        assert one.dtype == torch.promote_types(dtype, torch.float32) and (one - other).abs().max() < 0.1 * other.max()
+
+
+def test_modules_come_back_in_the_mode_in_which_each_was(tiny_model):
+    tiny_model.train().blocks[0].eval()
+    attention.rollout(tiny_model, torch.randn(1, 3, 16, 16))
+    assert tiny_model.training and tiny_model.blocks[1].attn.training and not tiny_model.blocks[0].mlp.training
+
+
+def test_attention_distance_is_the_weighted_mean_of_pixels(tiny_config):
     model, images = made(tiny_config, "token"), torch.randn(2, 3, *SIZE)
     assert attention.patch_distances(model)[0].tolist() == pytest.approx(
         [4 * np.hypot(i, j) for i in range(4) for j in range(6)])

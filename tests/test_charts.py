@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.pages import Page
-from utils.charts import Curve, Series, calibration, curves, palette, reliability, smooth, thin
-from utils.evaluation import calibration_error
+from utils.charts import Curve, Series, calibration, curves, palette, smooth, thin
+from utils.evaluation import reliability
 
 
 def noise(count, seed=0):
@@ -111,17 +111,6 @@ def test_runs_have_colours_of_their_own():
 
 
 # --- Calibration -----------------------------------------------------------------------------------------------------
-
-def test_bins_are_those_of_the_calibration_error():
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(500, generator=generator, dtype=torch.float64)
-    confidence[:3] = torch.tensor([1 / 15, 2 / 15, 1.0])  # upper ends belong to their bin
-    right = torch.rand(500, generator=generator) < confidence
-    found = reliability(confidence, right)
-    assert found.images.sum() == 500 and len(found.images) == 15
-    gap = np.abs(found.accuracy - found.confidence) * found.images / 500
-    assert gap.sum() == pytest.approx(calibration_error(confidence, right), abs=1e-12)
-
 
 def test_the_reliability_diagram_shows_accuracy_over_confidence_and_leaves_empty_bins_out():
     confidence = torch.tensor([0.55, 0.56, 0.81, 0.99, 0.98, 0.97], dtype=torch.float64)

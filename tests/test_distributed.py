@@ -13,7 +13,7 @@ import torch
 from bench.kill import stripped
 from utils.batches import EvalBatches, TrainBatches
 from utils.data import Split, View
-from utils.distributed import ALONE
+from utils.distributed import ALONE, launcher
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--model_type", "ViT-demo", "--pretrained_dir", "checkpoint/ViT-demo.npz", "--dataset", "digits",
@@ -118,6 +118,14 @@ def test_an_error_is_one_sentence_of_each_process_that_meets_it(tmp_path):
     assert sentences and {line.removeprefix("[process 1] ") for line in sentences} == {
         "error: A batch of 15 images cannot be split over 2 processes."}
     assert done.returncode != 0 and not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("size, here, words", [("1", "1", "python"), ("8", "8", "torchrun --nproc_per_node 8"),
+                                               ("16", "8", "torchrun --nnodes 2 --nproc_per_node 8")])
+def test_the_command_of_a_run_names_what_started_it(monkeypatch, size, here, words):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert " ".join(launcher()) == words
 
 
 def test_alone_nothing_is_sent():

@@ -106,8 +106,10 @@ def test_pauses_do_not_count_as_time(make):
     assert read(folder).seconds == 78
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     events = list(map(json.loads, lines))
+    first = next(event["time"] for event in events if event["step"] > 30)
     later = [{**event, "time": event["time"] + 1000 * (event["step"] > 30)} for event in events]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in later))
     settings = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps({**settings, "continued": [{"step": 30, "num_steps": 40}]}))
-    assert read(folder).seconds == 76 and "continued at step 30, num_steps 40." in page_of(folder).text
+    again = {"step": 31, "time": first + 500, "num_steps": 40}
+    (folder / "settings.json").write_text(json.dumps({**settings, "continued": [again]}))
+    assert read(folder).seconds == 76 and "continued at step 31, num_steps 40." in page_of(folder).text

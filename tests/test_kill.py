@@ -31,9 +31,10 @@ def test_the_comparison_sees_a_bit_and_a_line(tmp_path):
         torch.save({**state, "step": 1, "weights": {"w": torch.tensor(weight)}}, tmp_path / name / "state.pt")
         lines = [{"step": step, "name": "train/loss", "value": 1.5, "time": 0.0},
                  {"step": 1, "name": "train/images_per_second", "value": weight, "time": 0.0}]
+        (tmp_path / name / "predictions.csv").write_text("image,label\n" + "x" * (name == "c"))
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert kill.differences(tmp_path / "a", tmp_path / "b") == []
-    assert kill.differences(tmp_path / "a", tmp_path / "c") == ["weights"]
+    assert kill.differences(tmp_path / "a", tmp_path / "c") == ["weights", "predictions.csv"]
     assert kill.differences(tmp_path / "a", tmp_path / "d") == ["metrics.jsonl (2 and 2 lines)"]
 
 

@@ -277,6 +277,28 @@ def test_each_image_gets_a_picture_of_where_the_model_looks(run, image_folder, a
     assert (tmp_path / "attention" / "0.png").read_bytes() != before
 
 
+def test_no_two_images_share_a_picture():
+    files = ["a/x.jpg", "a/x-2.jpg", "b/x.jpg", "b/x-2.jpg", "a/x.jpg"]
+    assert [path.name for path in predict.picture_files(None, files, False).values()] == [
+        "x.png", "x-2.png", "x-3.png", "x-2-2.png"]
+
+
+@pytest.mark.parametrize("name", ["a$x_{$.png", "price $5 to $10.png", "Größe.png", os.fsdecode(b"caf\xe9.png")],
+                         ids=["broken formula", "formula", "letters", "no UTF-8"])
+def test_pictures_of_files_with_odd_names(run, image_folder, ask, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(image_folder / "test" / "red" / "1.png", name)
+    ask(run, name, "--attention", "--output", "a.csv")
+    assert (tmp_path / "attention" / name).stat().st_size > 1000
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_any_work(run, image_folder, ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("attention").write_text("a file")
+    out, err = ask(run, image_folder / "test" / "red" / "1.png", "--attention", code=2)
+    assert not out and "The pictures would go to attention, which cannot be made" in err
+
+
 def test_pictures_lie_beside_the_output_and_a_broken_image_has_none(run, image_folder, ask, tmp_path):
     (tmp_path / "there").mkdir()
     broken = image_folder / "test" / "broken.png"

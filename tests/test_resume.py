@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -273,7 +274,8 @@ def test_another_batch_split_is_equal_up_to_rounding_and_said(start, cut, capsys
     assert one == pytest.approx(other, rel=1e-4) and one != other
     kept = json.loads((folder / "settings.json").read_text())
     assert kept["gradient_accumulation_steps"] == 4
-    assert kept["continued"] == [{"step": 5, "gradient_accumulation_steps": 4}]
+    (again,) = kept["continued"]
+    assert again == {"step": 5, "gradient_accumulation_steps": 4, "time": pytest.approx(time.time(), abs=60)}
 
 
 @pytest.mark.parametrize("step", [7, STEPS])
@@ -347,11 +349,28 @@ def test_signals_before_and_after_the_loop_do_what_they_always_do(start, monkeyp
     assert stop.value.code == 130 and "what had been saved is as it was" in capsys.readouterr().err
 
 
+def test_predictions_of_a_run_that_goes_on_are_not_left_to_be_taken_for_the_new_weights(start, capsys):
+    folder = start("--val_fraction", 0.25)["folder"]
+    before = (folder / "predictions.csv").read_bytes()
+    resume(folder)                                        # finished: nothing happens
+    assert (folder / "predictions.csv").read_bytes() == before
+    resume(folder, "--num_steps", STEPS + 8, "--eval_every", STEPS + 2)
+    after = (folder / "predictions.csv").read_bytes()
+    assert after != before
+
+    def crash(*args, **kwargs):
+        raise Crash
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(train, "train_step", crash)
+        resume(folder, "--num_steps", STEPS + 16)
+    assert not (folder / "predictions.csv").exists()
+
+
 def test_a_run_records_what_it_was_continued_from(cut):
     folder = cut(3)
     result = resume(folder)
     about = exchange.read_metadata(result["folder"] / "last.safetensors")
-    assert about["settings"]["continued"] == [{"step": 3}] and len(about["fingerprint"]) == 64
+    assert [c["step"] for c in about["settings"]["continued"]] == [3] and len(about["fingerprint"]) == 64
     assert about["finetuned_from"]["name"] == "tiny.npz" and "--pretrained_dir" in about["command"]
     assert Path(json.loads((folder / "settings.json").read_text())["resume"]) == folder
 

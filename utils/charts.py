@@ -7,10 +7,8 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from utils.evaluation import BINS
+from utils.evaluation import Reliability
 from utils.history import Series
 from utils.page import Html
 
@@ -105,22 +103,6 @@ def curves(name: str, label: str, lines: Sequence[Curve], percent: bool = False)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlabel("step")
     return svg(name, label, draw, 2.5)
-
-
-class Reliability(NamedTuple):
-    """Of the images in each of B equal bins of confidence."""
-    images: np.ndarray      # (B,) how many
-    confidence: np.ndarray  # (B,) mean; NaN in an empty bin
-    accuracy: np.ndarray    # (B,) share that is right; NaN in an empty bin
-
-
-def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
-    """(N,) and (N,) bool -> the bins of `evaluation.calibration_error`."""
-    place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    images = place.bincount(minlength=bins)
-    sums = (torch.zeros(bins, dtype=torch.float64).index_add_(0, place, values.double()) for values in
-            (confidence, right))
-    return Reliability(images.numpy(), *((total / images).numpy() for total in sums))
 
 
 def calibration(name: str, label: str, found: Reliability) -> Html:

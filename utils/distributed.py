@@ -81,6 +81,15 @@ def lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or any(words in str(error) for words in gone)
 
 
+def launcher() -> list[str]:
+    """What starts as many processes as there are: python, or torchrun."""
+    size, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size == 1:
+        return ["python"]
+    machines = ["--nnodes", str(size // here)] if size > here else []
+    return ["torchrun", *machines, "--nproc_per_node", str(here)]
+
+
 @contextmanager
 def processes(use_cuda: bool):
     """The world that torchrun's environment variables describe, as long as the context lasts; else `ALONE`."""

@@ -186,8 +186,23 @@ def confusion(labels: Tensor, predicted: Tensor) -> list[list[int]]:
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
     """Expected calibration error, Guo et al. 2017, equation 3: |accuracy - mean confidence| of the images in each of
-    the equal bins (0, 1/15], (1/15, 2/15], ..., weighted by their number."""
+    the bins of `reliability`, weighted by their number."""
+    images, sure, accuracy = reliability(confidence, right, bins)
+    return float(np.nansum(images * np.abs(accuracy - sure))) / len(confidence)
+
+
+class Reliability(NamedTuple):
+    """Of the images in each of so many equal bins of confidence."""
+    images: np.ndarray      # (bins,) how many
+    confidence: np.ndarray  # (bins,) mean; NaN in an empty bin
+    accuracy: np.ndarray    # (bins,) share that is right; NaN in an empty bin
+
+
+def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> Reliability:
+    """(N,) and (N,) bool -> what is in the bins (0, 1/15], (1/15, 2/15], ... of confidence."""
     confidence = confidence.double()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1                   # (N,)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence)
-    return gap.abs().sum().item() / len(confidence)
+    images = place.bincount(minlength=bins)
+    sums = (torch.zeros(bins, dtype=torch.float64).index_add_(0, place, values) for values in
+            (confidence, right.double()))
+    return Reliability(images.numpy(), *((total / images).numpy() for total in sums))

@@ -169,10 +169,11 @@ def _series(rows: list[tuple]) -> dict[str, Series]:
 
 def _seconds(rows: list[tuple], settings: dict) -> float:
     """Between the lines; not from the last line before a process ended to the first of the one that continued."""
-    steps, times = (np.array([row[column] for row in rows]) for column in (1, 3))
+    times = np.array([row[3] for row in rows])
     gaps = np.diff(times).clip(min=0)
     for continued in settings.get("continued") or ():
-        gaps[(steps[:-1] <= continued["step"]) & (steps[1:] > continued["step"])] = 0
+        at = continued.get("time", 0)  # none in older runs
+        gaps[(times[:-1] <= at) & (at < times[1:])] = 0
     return float(gaps.sum())
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class Opening:
         if self.content:
             before = self.content["about"]
             changes = {name: now for name, (_, now) in self.changed.items() if name in CHANGES}
-            continued = [*before["settings"].get("continued", ()), {"step": self.step, **changes}]
+            again = {"step": self.step, "time": round(time.time(), 3), **changes}
+            continued = [*before["settings"].get("continued", ()), again]
             now = {**asdict(self.settings), "resolved": before["settings"]["resolved"]}
             return {**before, "where": self.where, "settings": {**now, "continued": continued}}
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
@@ -151,6 +153,8 @@ class Opening:
             log.info("         the learning rate goes on at %.3g, where it would have been %.3g", *reversed(rates))
             run.log(now.step, run_num_steps=self.settings.num_steps)
             now.finished = {}
+        if run.writes and not now.finished:
+            (run.folder / "predictions.csv").unlink(missing_ok=True)  # of other weights than those that come
         run.mend(now)
 
 

@@ -66,8 +66,13 @@ def figure(pictures: dict[str, np.ndarray], title: str = "", width: float = 2.6)
     figure = Figure(figsize=(width * len(pictures), width * height / across + 0.5), layout="constrained", dpi=100)
     for axes, (name, picture) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items()):
         axes.imshow(picture, interpolation="bicubic" if across < 200 else None)
-        axes.set_xlabel(name, fontsize=9)
+        axes.set_xlabel(_drawn(name), fontsize=9, parse_math=False)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_drawn(title), fontsize=10, parse_math=False)
     return figure
+
+
+def _drawn(text: str) -> str:
+    """Text that can be drawn: a name of a file may have bytes that are no UTF-8."""
+    return text.encode(errors="replace").decode()

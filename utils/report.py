@@ -138,7 +138,8 @@ def heading(history: History) -> Html:
         "computed on": h.resolved.get("device") and f"{h.resolved['device']}, {h.resolved.get('precision')}{compiled}",
         "speed": h.throughput and f"{h.throughput:,.0f} images/s",
         "took": h.seconds and duration(h.seconds),
-        "ended": h.ended and time.strftime("%Y-%m-%d %H:%M", time.localtime(h.ended)),
+        "ended" if h.ended_as_planned else "last value": h.ended and time.strftime("%Y-%m-%d %H:%M",
+                                                                                   time.localtime(h.ended)),
     }
     return tag("header", tag("div", "Fine-tuning run", class_="soft"), tag("h1", h.name),
                tag("div", tag("b", result(h)), tag("span", result_in_words(h)), class_="result"),
@@ -295,7 +296,7 @@ def commands_card(history: History) -> Html:
     folder, settings = shlex.quote(str(history.folder)), history.settings
     first = settings.get("command") or history.about.get("command")
     continued = "; ".join(f"step {at.get('step')}" + "".join(f", {name} {value}" for name, value in at.items()
-                                                             if name != "step")
+                                                             if name not in ("step", "time"))
                           for at in settings.get("continued") or ())
     more = history.ended_as_planned and settings.get("num_steps")
     further = f"--num_steps {2 * settings['num_steps']}" if more else ""

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from utils import charts
-from utils.evaluation import calibration_error, confusion
+from utils.evaluation import calibration_error, confusion, reliability
 from utils.history import Predictions
 from utils.page import Bar, Html, card, facts, note, percent, table, tag
 
@@ -102,7 +102,7 @@ def confusions(scores: list[Score], cells: dict[tuple[int, int], int]) -> Html:
 
 
 def calibration_card(said: Predictions) -> Html:
-    found = charts.reliability(said.confidence, said.right)
+    found = reliability(said.confidence, said.right)
     error, sure = calibration_error(said.confidence, said.right), said.confidence.mean().item()
     right = said.right.double().mean().item()
     chart = charts.calibration("calibration", "Accuracy over confidence, and images in each bin", found)
