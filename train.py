@@ -45,7 +45,8 @@ def make_batches(settings: Settings, dataset: data.Data, model, device, world: W
         workers = min((os.cpu_count() or 1) // world.local_size or 1, 8)
     look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
     area = dataset.view.min_area if settings.min_area is None else settings.min_area
-    view = data.View(min_area=area, flip=dataset.view.flip and not settings.no_flip)
+    view = data.View(area, dataset.view.flip and not settings.no_flip, settings.pad_crop, settings.randaugment,
+                     settings.magnitude, settings.mixup, settings.cutmix)
     kept = partial(resident, size=model.img_size, device=device, budget=memory() // 6 // world.local_size)
     train = TrainBatches(kept(dataset.train), batch_size=settings.train_batch_size,
                          seed=settings.seed, training_view=view, rank=world.rank, processes=world.size, **look)

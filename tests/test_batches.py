@@ -187,6 +187,54 @@ def test_a_batch_made_in_parts_is_the_same_batch(files, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(parts[1], whole))
 
 
+ALL = View(flip=True, pad_crop=2, randaugment=2, magnitude=12, mixup=0.8, cutmix=1.0)
+
+
+@pytest.mark.parametrize("view", [ALL, View(randaugment=1), View(mixup=0.3), View(pad_crop=3), View(cutmix=0.5)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmented_batches_are_the_same_however_they_are_made(files, view, workers, monkeypatch):
+    """In memory or decoded by processes, whole, in parts, or in the shares of 2 and 4 processes."""
+    decoded = resident(files, (16, 16), "cpu")
+    whole = [training(decoded, batch_size=8, view=view)[k] for k in range(3)]
+    monkeypatch.setattr("utils.batches.PART", 3)
+    for processes in (1, 2, 4):
+        streams = [training(files, batch_size=8, view=view, workers=workers, rank=rank,
+                            processes=processes).stream(range(3)) for rank in range(processes)]
+        for (images, labels), shares in zip(whole, zip(*streams)):
+            assert torch.equal(torch.cat([share[0] for share in shares]), images)
+            assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+    plain = training(decoded, batch_size=8, view=View(view.min_area, view.flip))[0]
+    assert not torch.equal(plain[0], whole[0][0]) and whole[0][0].abs().max() <= 1.0001
+    if view.mixup or view.cutmix:
+        assert (whole[0][1].sum(1) - 1).abs().max() < 1e-6 and whole[0][1].shape == (8, 9)
+    else:
+        assert torch.equal(plain[1], whole[0][1])
+
+
+def test_a_padded_crop_shows_the_image_where_it_was_drawn():
+    pixels = torch.arange(8 * 8, dtype=torch.uint8).view(1, 1, 8, 8).expand(6, 3, 8, 8).contiguous()
+    batches = training(Split(pixels, torch.arange(6), tuple("abcdef")), batch_size=600, size=(8, 8), mean=(0.0,) * 3,
+                       std=(1 / 255,) * 3, view=View(pad_crop=2))
+    padded = torch.nn.functional.pad(pixels[0].float(), [2] * 4)
+    crops = {}
+    for i in range(5):
+        for j in range(5):
+            crop = padded[:, i:i + 8, j:j + 8]
+            crops |= {(i, j, flip): crop.flip(2) if flip else crop for flip in (False, True)}
+    seen = [next(drawn for drawn, crop in crops.items() if torch.equal(crop, image)) for image in batches[0][0]]
+    counts = np.bincount([i * 5 + j for i, j, _ in seen], minlength=25)
+    assert counts.min() > 8 and counts.max() < 44          # 24 each, on average
+    assert 240 < sum(flip for *_, flip in seen) < 360
+
+
+def test_what_cannot_be_mixed_or_changed_is_refused():
+    with pytest.raises(ValueError, match="mix images in pairs, and each process has 3 of an update's"):
+        training(split_of(8), batch_size=6, processes=2, view=View(cutmix=1.0))
+    four = Split(torch.zeros(4, 4, 8, 8, dtype=torch.uint8), torch.arange(4), tuple("abcd"))
+    with pytest.raises(ValueError, match="RandAugment is for images of 1 or 3 channels, and these have 4"):
+        training(four, view=View(randaugment=2), mean=(0.5,) * 4, std=(0.5,) * 4)
+
+
 def test_batches_reach_a_spawned_process(files):
     import pickle
     batches = training(files)

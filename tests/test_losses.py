@@ -38,6 +38,18 @@ def test_one_class_unweighted_is_pytorchs_cross_entropy():
                            F.cross_entropy(logits, labels, label_smoothing=s))
 
 
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_shares_of_two_classes_have_the_mean_of_their_losses(weights):
+    """Linear in the label, with smoothing and weights."""
+    train = Split(torch.zeros(9, 3, 2, 2), torch.tensor([0] * 5 + [1] * 3 + [2]), ("a", "b", "c"))
+    criterion = make_criterion(train, 0.1, weights)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    one, other = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 2, 0, 2])
+    mixed = 0.3 * torch.eye(3)[one] + 0.7 * torch.eye(3)[other]
+    assert criterion(logits, mixed).item() == pytest.approx(
+        0.3 * criterion(logits, one).item() + 0.7 * criterion(logits, other).item(), rel=1e-6)
+
+
 def test_balanced_weights_are_scikit_learns_and_1_on_average():
     _, _, train = sample(several=False)
     theirs = compute_class_weight("balanced", classes=np.arange(5), y=train.numpy())

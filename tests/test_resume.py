@@ -93,7 +93,8 @@ def test_a_run_that_was_stopped_by_a_signal_continues_to_the_same_bits(step, num
 
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw", "--learning_rate", 0.003], ["--momentum_dtype", "bfloat16"],
                                    ["--val_fraction", 0.25, "--metric", "loss"], ["--precision", "bf16"],
-                                   ["--save_every", 3, "--eval_every", 1], ["--class_weights", "balanced"]])
+                                   ["--save_every", 3, "--eval_every", 1], ["--class_weights", "balanced"],
+                                   ["--pad_crop", 2, "--randaugment", 2, "--mixup", 0.8, "--cutmix", 1]])
 def test_every_kind_of_run_continues_to_the_same_bits(flags, start, cut):
     if "bf16" in flags:
         flags = [*flags, "--gradient_accumulation_steps", 1]
@@ -261,7 +262,8 @@ def test_what_is_free_may_change_and_what_is_given_again_need_not(start, cut, im
            "--learning_rate", 0.1, "--img_size", 16, "--model_type", "custom", "--save_every", 2, "--name", "run",
            "--metric", "accuracy", "--pretrained_dir", "elsewhere/tiny.npz", "--output_dir", f"{folder.parent}/")
     rest = set(differences(whole["folder"], folder))
-    assert rest <= {"last", "best", "best_weights", "finished"} | {d for d in rest if d.startswith("metrics.jsonl")}
+    assert rest <= {"last", "best", "best_weights", "finished", "predictions.csv"} | {
+        d for d in rest if d.startswith("metrics.jsonl")}
     assert [step for step, name, _ in lines_of(folder) if name == "test/accuracy"] == [4, 5, 10, STEPS]
 
 
@@ -350,7 +352,7 @@ def test_signals_before_and_after_the_loop_do_what_they_always_do(start, monkeyp
 
 
 def test_predictions_of_a_run_that_goes_on_are_not_left_to_be_taken_for_the_new_weights(start, capsys):
-    folder = start("--val_fraction", 0.25)["folder"]
+    folder = start()["folder"]
     before = (folder / "predictions.csv").read_bytes()
     resume(folder)                                        # finished: nothing happens
     assert (folder / "predictions.csv").read_bytes() == before

@@ -6,6 +6,8 @@ import torch
 from models.configs import replace
 from models.modeling import VisionTransformer
 from tests.conftest import randomise
+from utils.data import Split
+from utils.losses import make_criterion
 from utils.optim import make_optimizer
 from utils.step import make_scaler, train_step
 
@@ -38,6 +40,19 @@ def test_accumulation_equals_the_whole_batch(tiny_config):
         assert torch.allclose(weights(split), weights(whole), rtol=0, atol=1e-13)
         assert [r.loss.item() for r in second] == pytest.approx([r.loss.item() for r in first], abs=1e-6)
         assert [r.accuracy.item() for r in second] == [r.accuracy.item() for r in first]
+
+
+def test_of_mixed_images_the_larger_share_counts_as_the_class(tiny_config):
+    x, y = batch()
+    mixed = 0.7 * torch.eye(5)[y] + 0.3 * torch.eye(5)[y.flip(0)]
+    criterion = make_criterion(Split(x, y, tuple("abcde")))
+    model = randomise(VisionTransformer(tiny_config, 16, 5)).train()
+    expected = (model(x).argmax(dim=1) == y).float().mean().item()
+    for labels in (mixed, y):
+        copy = randomise(VisionTransformer(tiny_config, 16, 5)).train()
+        result = train_step(copy, make_optimizer(copy, "sgd"), make_scaler("cpu", torch.float32), x, labels, lr=0.1,
+                            criterion=criterion, micro_batches=2)
+        assert result.accuracy.item() == expected and result.share > 0
 
 
 def test_an_indivisible_split_is_refused_with_both_numbers(tiny_config):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from utils import mixing, padding, randaugment
 from utils.augment import Taps, box_taps, random_boxes, shrink, singly, stack, view, whole_boxes
 from utils.data import Split, View
 from utils.device import keep_memory
@@ -24,7 +25,7 @@ from utils.images import decode, decode_all, pixels_in
 
 log = logging.getLogger(__name__)
 
-ORDER, BOX, FLIP = range(3)  # what a generator is for, so that no two uses share a stream
+ORDER, BOX, FLIP, CROP, OPS, MIX = range(6)  # what a generator is for, so that no two uses share a stream
 PART = 64                    # images that a worker process decodes at a time: bounds the memory that is under way
 
 
@@ -126,8 +127,12 @@ class Batches:
             else:
                 pixels = self._at_hand(pixels)
                 rows, columns = box_taps(self._send(rows), self._send(columns), self.size)
-            views.append(view(pixels, rows, columns, self.mean, self.std))
+            views.append(view(pixels, rows, columns, *self.scale()))
         return (views[0] if len(views) == 1 else torch.cat(views)), self._send(torch.cat([p.labels for p in parts]))
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """What is taken away from the pixels of a view, 0 to 255, and what they are divided by."""
+        return self.mean, self.std
 
     def _at_hand(self, indices: Tensor) -> Tensor | list[Tensor]:
         """The images at these positions, on the device."""
@@ -145,24 +150,28 @@ class Batches:
     def __getstate__(self):
         return {**self.__dict__, "mean": None, "std": None}  # on the device, where worker processes have no business
 
+    def made(self, k: int, parts: list[Looks]) -> tuple[Tensor, Tensor]:
+        """Batch k of its parts."""
+        return self.on_device(parts)
+
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
-        return self.on_device([self.looks(k, part) for part in self.parts(k)])
+        return self.made(k, [self.looks(k, part) for part in self.parts(k)])
 
     def stream(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of these numbers in order, each made while the one before is used."""
         looks = self._stream_from_processes(numbers) if self.workers else self._stream_from_thread(numbers)
         if self.device.type == "cuda":
-            return self._beside(looks)
-        return map(self.on_device, looks)  # here, as threads of its own would take the step's cores
+            return self._beside(numbers, looks)
+        return map(self.made, numbers, looks)  # here, as threads of its own would take the step's cores
 
-    def _beside(self, looks: Iterable[list[Looks]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _beside(self, numbers: Sequence[int], looks: Iterable[list[Looks]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches whose copies and views have a CUDA stream of their own. The host, which waits for nothing, is ahead
         of the device, so they overlap the steps before."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))  # resident images may be on their way
-        for parts in looks:
+        for k, parts in zip(numbers, looks):
             with torch.cuda.stream(side):
-                batch = self.on_device(parts)
+                batch = self.made(k, parts)
             main = torch.cuda.current_stream(self.device)
             main.wait_stream(side)
             for tensor in batch:
@@ -242,6 +251,11 @@ class TrainBatches(Batches):
             raise ValueError(f"A batch of {self.batch_size} images cannot be split over {processes} processes.")
         self.seed, self.training_view = seed, training_view
         mine = self.batch_size // processes
+        if mine % 2 and (training_view.mixup or training_view.cutmix):
+            raise ValueError(f"Mixup and CutMix mix images in pairs, and each process has {mine} of an update's: "
+                             "choose another --train_batch_size.")
+        if training_view.randaugment and len(self.mean) not in (1, 3):
+            raise ValueError(f"RandAugment is for images of 1 or 3 channels, and these have {len(self.mean)}.")
         self.share = slice(rank * mine, (rank + 1) * mine)  # of each batch, which is drawn whole in every process
         self._permutation = (-1, None)  # the last one, to draw it once an epoch
 
@@ -269,9 +283,36 @@ class TrainBatches(Batches):
     def boxes(self, k: int, part: slice, sizes: np.ndarray):
         def draw(attempt):  # for the whole batch, so that no part or size changes another image's numbers
             return generator(self.seed, BOX, k, attempt).random((4, self.batch_size))[:, self.share][:, part]
-        flips = generator(self.seed, FLIP, k).random(self.batch_size)[self.share][part] > 0.5
-        boxes = random_boxes(draw, sizes[:, 0], sizes[:, 1], self.training_view.min_area)
-        return boxes, flips & self.training_view.flip
+        if self.training_view.pad_crop:  # is cut, and mirrored, later
+            return whole_boxes(sizes[:, 0], sizes[:, 1]), np.zeros(len(sizes), dtype=bool)
+        return random_boxes(draw, sizes[:, 0], sizes[:, 1], self.training_view.min_area), self.flips(k)[part]
+
+    def flips(self, k: int) -> np.ndarray:
+        """Which images of batch k are mirrored, (count,)."""
+        return (generator(self.seed, FLIP, k).random(self.batch_size)[self.share] > 0.5) & self.training_view.flip
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        pixels = self.training_view.pad_crop or self.training_view.randaugment  # are worked on as such
+        return (torch.zeros_like(self.mean), torch.ones_like(self.std)) if pixels else super().scale()
+
+    def made(self, k: int, parts: list[Looks]) -> tuple[Tensor, Tensor]:
+        """Images cropped and mirrored, changed by RandAugment, normalised, mixed, in this order. All is drawn for the
+        whole batch of all processes. Labels of mixed images are shares, (count, C)."""
+        v, (images, labels) = self.training_view, self.on_device(parts)
+        if v.pad_crop or v.randaugment:
+            images = images.round_().byte()
+            if v.pad_crop:
+                offsets = padding.draw(generator(self.seed, CROP, k), self.batch_size, v.pad_crop)[self.share]
+                drawn = map(self._send, map(torch.from_numpy, (offsets, self.flips(k))))
+                images = padding.padded_crop(images, *drawn, v.pad_crop)
+            if v.randaugment:
+                draws = randaugment.draw(generator(self.seed, OPS, k), self.batch_size, v.randaugment)
+                images = randaugment.randaugment(images, draws.share(self.share), v.magnitude)
+            images = images.float().sub_(self.mean).div_(self.std)
+        if v.mixup or v.cutmix:
+            how = mixing.draw(generator(self.seed, MIX, k), self.size, v.mixup, v.cutmix)
+            images, labels = mixing.mix(images, labels, how, len(self.split.classes))
+        return images, labels
 
 
 class EvalBatches(Batches):

@@ -63,6 +63,11 @@ class View:
 
     min_area: float = 0.05
     flip: bool = True
+    pad_crop: int = 0      # pixels around the whole image, out of which its size is cut; instead of the box
+    randaugment: int = 0   # operations on each image
+    magnitude: int = 9     # of these, 0 to 30
+    mixup: float = 0.0     # alpha; 0: never
+    cutmix: float = 0.0
 
 
 @dataclass(frozen=True)

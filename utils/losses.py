@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.data import Split
+from utils.mixing import soft
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (B, C), labels -> loss, 0-dimensional
 
@@ -14,9 +15,9 @@ Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (B, C), labels -> loss,
 def make_criterion(train: Split, label_smoothing: float = 0.0, class_weights: str = "none") -> Criterion:
     """The loss for the labels of `train`, (N,) class numbers or (N, C) of 0 and 1: a mean over the batch's images.
 
-    One class an image: cross-entropy. Several: binary cross-entropy, summed over the classes (big_vision's
-    `sigmoid_xent`), so that a class learns as fast whatever their number. Smoothing s leaves 1 - s of a label and
-    spreads s evenly: over the C classes, or over yes and no.
+    One class an image: cross-entropy, also of shares (B, C) of several, as mixed images have them. Several classes:
+    binary cross-entropy, summed over the classes (big_vision's `sigmoid_xent`), so that a class learns as fast whatever
+    their number. Smoothing s leaves 1 - s of a label and spreads s evenly: over the C classes, or over yes and no.
     class_weights balanced: `balanced_weights` times the loss of an image, or of a decision, by its unsmoothed label.
     The mean is over images, not over weights as PyTorch's weighted mean is: so the mean of equal micro-batches is the
     loss of the batch. Computed in float32, or float64 where the logits are. ValueError: another word or share.
@@ -36,8 +37,9 @@ def make_criterion(train: Split, label_smoothing: float = 0.0, class_weights: st
         logits, weights = _wide(logits), weights_on(logits.device)
         if weights is None:
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")  # (B,)
-        return (weights[labels] * losses).mean()
+        counted = soft(labels, logits.shape[1]) * weights                          # (B, C)
+        smooth = torch.lerp(counted, counted.mean(dim=1, keepdim=True).expand_as(counted), label_smoothing)
+        return -(smooth * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
     def several_classes(logits: Tensor, labels: Tensor) -> Tensor:
         logits, weights = _wide(logits), weights_on(logits.device)
@@ -47,7 +49,9 @@ def make_criterion(train: Split, label_smoothing: float = 0.0, class_weights: st
         targets = labels * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum") / len(logits)
 
-    return several_classes if train.multi_label else one_class
+    criterion = several_classes if train.multi_label else one_class
+    criterion.multi_label = train.multi_label
+    return criterion
 
 
 def balanced_weights(train: Split) -> Tensor:

@@ -71,6 +71,12 @@ class Settings:
     min_area: float | None = flag(None, "data", "smallest share of an image that a crop shows (default: the set's)",
                                   type=float)
     no_flip: bool = flag(False, "data", "never mirror training images")
+    pad_crop: int = flag(0, "data", "crop out of the whole image with so many black pixels around, instead of "
+                         "--min_area's box; 0: no")
+    randaugment: int = flag(0, "data", "operations of RandAugment on each training image; 0: none")
+    magnitude: int = flag(9, "data", "of RandAugment, 0 to 30")
+    mixup: float = flag(0.0, "data", "alpha of mixup; 0: never. With --cutmix, each for half of the batches")
+    cutmix: float = flag(0.0, "data", "alpha of CutMix; 0: never")
     check_data: bool = flag(False, "data", "look at every image before the run: readable, not in two parts at once")
     skip_unreadable: bool = flag(False, "data", "leave unreadable images out instead of stopping; looks at every image")
     num_workers: int = flag(-1, "data", "processes that decode sets too large for memory; -1: one a core, at most 8")
@@ -154,6 +160,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
                 raise ValueError(f"--{name} is {value}; it must lie between {low} and {high}.")
+        for name, low, high in (("pad_crop", 0, None), ("randaugment", 0, None), ("magnitude", 0, 30),
+                                ("mixup", 0, None), ("cutmix", 0, None)):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                raise ValueError(f"--{name} is {value}; it must be {low} "
+                                 f"{'or more' if high is None else f'to {high}'}.")
+        if self.pad_crop and self.min_area is not None:
+            raise ValueError("--pad_crop crops instead of --min_area's box: choose one.")
         if self.train_batch_size % parts:
             raise ValueError(f"--train_batch_size {self.train_batch_size} cannot be split into "
                              f"--gradient_accumulation_steps {parts} equal parts.")

@@ -83,6 +83,8 @@ def accumulate(network: nn.Module, scaler: torch.amp.GradScaler, images: Tensor,
             part = criterion(logits, y) / micro_batches
             scaler.scale(part).backward()
         loss = loss + part.detach()
+        if y.ndim == 2 and not getattr(criterion, "multi_label", True):
+            y = y.argmax(dim=1)  # of a mixed image the class that has the larger share
         accuracy = accuracy + accuracy_of(logits.detach(), y) / micro_batches
         if y.ndim == 1:
             predicted.index_add_(0, logits.detach().argmax(dim=1), predicted.new_ones(len(y)) / len(images))
