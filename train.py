@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils import data, distributed, preflight, report
+from utils import data, distributed, preflight, probe, report
 from utils.batches import EvalBatches, TrainBatches, memory, resident
 from utils.commands import start_log
 from utils.device import Computing, choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
@@ -73,6 +73,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     dataset = preflight.check_data(dataset, settings, opened.size)
     opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
+    if settings.few_shot:
+        return probe_features(settings, dataset, model.to(device), world)
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size
     compiled, = world.any(choose_compile(settings.compile, model, device, images))  # each measures its own GPU
@@ -110,6 +112,19 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     if run.writes and not settings.no_report:
         add_report(run.folder)
     return found
+
+
+def probe_features(settings: Settings, dataset: data.Data, model, world: World) -> dict:
+    """Instead of a run: what a linear layer on the frozen features can do, which takes seconds."""
+    def batches(split):
+        return EvalBatches(split, size=model.img_size, mean=model.config.mean, std=model.config.std,
+                           device=model.pos_embed.device, batch_size=settings.eval_batch_size)
+    if world.size > 1 or settings.resume:
+        raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
+                         "--resume.")
+    log.info("%s\n%s", probe.few_shot(model, dataset.train, dataset.test, batches, shots=(settings.few_shot,)),
+             probe.DEFINITION)
+    return {}
 
 
 def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: TrainBatches, selection: EvalBatches,

@@ -461,7 +461,8 @@ def dry(model, said, data=None, **settings):
     preflight.dry_run(Settings(**settings), data or in_memory([40, 40], [4, 9]), model, Computing(CPU, torch.bfloat16),
                       Path("output/x"), Fitting(4, automatic=True))
     told, = said.messages
-    return {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines() if line.startswith("  ")}
+    lines = [line.split() for line in told.splitlines() if line.startswith("  ")]
+    return {name: " ".join(words) for name, *words in reversed(lines)}  # data before settings: both have a `train`
 
 
 def test_a_dry_run_tells_data_course_needs_and_every_setting(tiny_model, said, tmp_path, monkeypatch):

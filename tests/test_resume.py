@@ -94,7 +94,8 @@ def test_a_run_that_was_stopped_by_a_signal_continues_to_the_same_bits(step, num
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw", "--learning_rate", 0.003], ["--momentum_dtype", "bfloat16"],
                                    ["--val_fraction", 0.25, "--metric", "loss"], ["--precision", "bf16"],
                                    ["--save_every", 3, "--eval_every", 1], ["--class_weights", "balanced"],
-                                   ["--pad_crop", 2, "--randaugment", 2, "--mixup", 0.8, "--cutmix", 1]])
+                                   ["--pad_crop", 2, "--randaugment", 2, "--mixup", 0.8, "--cutmix", 1],
+                                   ["--train", "lora:2"], ["--train", "last:1", "--optimizer", "adamw"]])
 def test_every_kind_of_run_continues_to_the_same_bits(flags, start, cut):
     if "bf16" in flags:
         flags = [*flags, "--gradient_accumulation_steps", 1]

@@ -17,7 +17,7 @@ import train
 from models import exchange, huggingface
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer
-from models.npz import save_npz
+from models.npz import load_npz, save_npz
 from tests.conftest import randomise
 from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
 from tests.test_exchange import vit_pytorch_names
@@ -349,6 +349,35 @@ def test_predictions_are_of_the_weights_that_one_would_take(start):
     assert away["best"] < 1e-5 < 1e-3 < away["last"]
 
 
+@pytest.mark.parametrize("what, moved", [
+    ("head", {"head"}), ("last:1", {"head", "blocks.1", "norm"}), ("norm", {"head", "norm", "blocks.0", "blocks.1"}),
+    ("lora:2", {"head", "blocks.0", "blocks.1"})])
+def test_only_what_is_to_train_moves_and_the_file_is_a_plain_model(start, checkpoint, what, moved, capsys):
+    """AdamW with weight decay, which would move what has no gradient."""
+    folder = start("--train", what, "--optimizer", "adamw", "--weight_decay", 0.1, "--learning_rate", 0.01)["folder"]
+    assert f"trains   {what}: " in capsys.readouterr().out
+    before = load_npz(checkpoint, img_size=16, num_classes=3).state_dict()
+    trained = open_trained(str(folder), torch.device("cpu")).model.state_dict()
+    assert trained.keys() == before.keys()
+    changed = {name for name, value in trained.items() if not torch.equal(value, before[name])}
+    assert {".".join(name.split(".")[:1 + name.startswith("blocks")]) for name in changed} == moved
+    kinds = {"norm": ("norm", "head"), "lora:2": ("attn.qkv.weight", "attn.proj.weight", "head")}.get(what)
+    assert kinds is None or all(any(kind in name for kind in kinds) for name in changed)
+
+
+def test_what_cannot_train_is_refused_before_anything_is_read(start, capsys):
+    assert "custom has 2 blocks: give last:2 at most" in error_of(capsys, start, "--train", "last:3")
+    assert "choose head, last:N" in error_of(capsys, start, "--train", "body")
+
+
+def test_a_few_shot_probe_says_its_accuracy_and_leaves_nothing(start, tmp_path, capsys):
+    assert start("--few_shot", 5) == {} and not (tmp_path / "output").exists()
+    out = capsys.readouterr().out
+    assert "5-shot 100.00 ± 0.00 % of 12 test images (3 draws)" in out and "ridge regression in closed form" in out
+    assert "--few_shot 13 draws 13 training images of each class, and blue has 12" in error_of(
+        capsys, start, "--few_shot", 13)
+
+
 def test_an_interrupt_ends_with_a_sentence(start, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -374,4 +403,4 @@ def test_every_setting_is_read_somewhere():
                 read.add(node.attr)
     unread = {f.name for f in fields(train.Settings)} - read
     # Used before there are settings; by its name in `located`.
-    assert unread == {"recipe", "debug", "resume", "data_dir"}
+    assert unread == {"recipe", "debug", "data_dir"}

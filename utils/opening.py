@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from models import configs, exchange, huggingface, sources
 from models.fill import with_channels
 from models.modeling import VisionTransformer
-from utils import state
+from utils import state, trainable
 from utils.data import NAMED, Data, Split, View, check_there
 from utils.device import Computing
 from utils.optim import lr_at
@@ -42,7 +42,13 @@ class Opening:
     changed: dict | None = None  # settings that are others than before, {name: (before, now)}
 
     def build_model(self, num_classes: int) -> tuple[VisionTransformer, dict]:
-        """The model, and the file it began with: {"name", "sha256"}, empty from scratch. A new run's has a new head."""
+        """The model, of which trains what is to, and the file it began with: {"name", "sha256"}, empty from scratch. A
+        new run's has a new head."""
+        model, origin = self._whole_model(num_classes)
+        trainable.choose(model, self.settings.train, seed=self.settings.seed)
+        return model, origin
+
+    def _whole_model(self, num_classes: int) -> tuple[VisionTransformer, dict]:
         if self.content:
             return VisionTransformer(self.config, self.size, num_classes), self.content["about"]["finetuned_from"]
         if self.weights is None:
@@ -206,6 +212,7 @@ def open_run(given: dict) -> Opening:
         return _continued(folder, given)
     check_there(settings.dataset, settings.labels)
     config, size, weights = choose_model(settings)
+    trainable.parse(settings.train, config)
     pixels = "x".join(str(n) for n in dict.fromkeys(size))
     name = settings.name or f"{Path(settings.dataset).resolve().name}-{config.name}-{pixels}"
     folder = Path(settings.output_dir) / name

@@ -50,7 +50,7 @@ def make_optimizer(model: nn.Module, name: str, *, weight_decay: float = 0.0,
     if name == "adam":
         return torch.optim.Adam(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
     if name == "adamw":
-        kernels = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        kernels = {id(p) for m in model.modules() if m is not model for p in m.parameters(recurse=False) if p.ndim > 1}
         groups = [{"params": [p for p in parameters if id(p) in kernels], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if id(p) not in kernels], "weight_decay": 0.0}]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)

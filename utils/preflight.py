@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.fill import native_size
-from utils import resources
+from utils import resources, trainable
 from utils.data import Data, Split
 from utils.device import Computing
 from utils.fitting import Fitting, divisors, in_words
@@ -205,6 +205,7 @@ def summarise(settings, dataset: Data, model, origin: dict, computing: Computing
         "recipe": f"{s.optimizer}{', bfloat16 momentum' * (s.momentum_dtype == 'bfloat16')}, LR {s.learning_rate:g} "
                   f"after {s.warmup_steps} steps of warm-up, {s.decay_type}, clip {s.max_grad_norm:g}, "
                   f"weight decay {s.weight_decay:g}, seed {s.seed}",
+        **({"trains": trainable.in_words(model, s.train)} if s.train != "all" else {}),
         "device": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, "
                   f"{computing.in_words()['precision']}, about {amount(needs.total)} of memory"
                   + (f" ({amount(free)} free)" if free else ""),

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models import exchange
+from models import exchange, lora
 from models.tensors import record
 from utils import state
 from utils.settings import FREE
@@ -150,7 +150,7 @@ class Run:
         return headers
 
     def _export(self, kind: str, header: dict, now: State) -> None:
-        weights = now.best_weights if kind == "best" else None
+        weights = lora.merged(now.model, now.best_weights if kind == "best" else None)
         about = {name: value for name, value in self.about.items() if name != "where"}  # paths are for this machine
         exchange.save(now.model, self.folder / f"{kind}.safetensors", {**about, **header, "versions": versions()},
                       weights=weights)
@@ -164,7 +164,7 @@ class Run:
             tensors = load_file(path) if now else {}
         except (ValueError, OSError, SafetensorError):
             return None
-        weights = {} if now is None else now.best_weights if kind == "best" else now.model.state_dict()
+        weights = {} if now is None else lora.merged(now.model, now.best_weights if kind == "best" else None)
         if tensors.keys() != weights.keys() or not all(torch.equal(tensors[name], value.cpu())
                                                        for name, value in weights.items()):
             return None

@@ -88,6 +88,11 @@ class Settings:
                                 type=int)
     dropout: float | None = flag(None, "model", "dropout rate (default: the published configuration's)", type=float)
 
+    train: str = flag("all", "training", "what trains: head, last:N (blocks), norm, lora:R (of rank R) or all",
+                      metavar="WHAT")
+    few_shot: int = flag(0, "training", "score a ridge regression on frozen features of K images a class, and stop",
+                         metavar="K")
+
     recipe: str = flag("vit-pytorch", "training", "paper: 384 px and Google's LRs; flags given by hand win",
                        choices=list(RECIPES))
     num_steps: int = flag(10_000, "training", "updates")
@@ -161,7 +166,7 @@ class Settings:
             if value is not None and not (low <= value <= high if name == "min_area" else low <= value < high):
                 raise ValueError(f"--{name} is {value}; it must lie between {low} and {high}.")
         for name, low, high in (("pad_crop", 0, None), ("randaugment", 0, None), ("magnitude", 0, 30),
-                                ("mixup", 0, None), ("cutmix", 0, None)):
+                                ("mixup", 0, None), ("cutmix", 0, None), ("few_shot", 0, None)):
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
                 raise ValueError(f"--{name} is {value}; it must be {low} "

@@ -102,7 +102,7 @@ def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.a
     try:
         batches = torch.zeros(AHEAD, len(labels), model.config.in_chans, *model.img_size, device=device)
         copies = 2 * (not optimizer.state) + (world.size > 1)  # Adam's are made in the first update
-        beside = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+        beside = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(copies)]
         accumulate(model, scaler, batches[0, :some], labels[:some], parts, precision, (0, 0), criterion)
         del batches, beside  # which had to be there till now
     finally:
