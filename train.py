@@ -73,8 +73,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     dataset = preflight.check_data(dataset, settings, opened.size)
     opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
-    if settings.few_shot:
-        return probe_features(settings, dataset, model.to(device), world)
+    if settings.few_shot and not settings.dry_run:
+        return probe_features(settings, dataset, model.to(device), origin, world)
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size
     compiled, = world.any(choose_compile(settings.compile, model, device, images))  # each measures its own GPU
@@ -114,7 +114,7 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     return found
 
 
-def probe_features(settings: Settings, dataset: data.Data, model, world: World) -> dict:
+def probe_features(settings: Settings, dataset: data.Data, model, origin: dict, world: World) -> dict:
     """Instead of a run: what a linear layer on the frozen features can do, which takes seconds."""
     def batches(split):
         return EvalBatches(split, size=model.img_size, mean=model.config.mean, std=model.config.std,
@@ -122,6 +122,8 @@ def probe_features(settings: Settings, dataset: data.Data, model, world: World) 
     if world.size > 1 or settings.resume:
         raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
                          "--resume.")
+    if not origin:
+        log.warning("The weights are random, and so are the features that are scored: --pretrained_dir says whose.")
     log.info("%s\n%s", probe.few_shot(model, dataset.train, dataset.test, batches, shots=(settings.few_shot,)),
              probe.DEFINITION)
     return {}
@@ -161,7 +163,7 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
         if at_end:
             break
         images, labels = progress.next(stream)
-        if not now.step:
+        if run.writes and not now.step:
             run.show("train/images", shown(images[:SHOWN], now.model.config), step=0)
         lr = lr_at(now.step, base=settings.learning_rate, total=settings.num_steps, warmup=settings.warmup_steps,
                    decay=settings.decay_type)

@@ -71,8 +71,12 @@ def on_grid(model: VisionTransformer, attention: Tensor) -> Tensor:
     With a class token that is its row, without the share that it takes from itself. A `gap` model's head reads the mean
     of all tokens: there it is the mean of their rows.
     """
-    row = attention[..., 0, 1:] if model.config.classifier == "token" else attention.mean(dim=-2)
-    return row.unflatten(-1, model.grid)
+    return _patches(model, attention[..., 0, :] if model.config.classifier == "token" else attention.mean(dim=-2))
+
+
+def _patches(model: VisionTransformer, row: Tensor) -> Tensor:
+    """(..., T) -> (..., h, w), without the class token."""
+    return row[..., int(model.config.classifier == "token"):].unflatten(-1, model.grid)
 
 
 def rollout(model: VisionTransformer, images: Tensor, heads: str = "mean") -> Tensor:
@@ -125,7 +129,7 @@ def class_rollout(model: VisionTransformer, images: Tensor, classes: Tensor) -> 
         row[:] = 1 / row.shape[1]
     for block, x, gradient in reversed(list(zip(model.blocks, entered, gradients))):
         row = row + _weighted(block.attn, x, gradient, row)
-    return on_grid(model, row[:, None].expand(-1, row.shape[1], -1))
+    return _patches(model, row)
 
 
 @torch.no_grad()

@@ -374,6 +374,10 @@ def test_a_few_shot_probe_says_its_accuracy_and_leaves_nothing(start, tmp_path, 
     assert start("--few_shot", 5) == {} and not (tmp_path / "output").exists()
     out = capsys.readouterr().out
     assert "5-shot 100.00 ± 0.00 % of 12 test images (3 draws)" in out and "ridge regression in closed form" in out
+    assert "The weights are random" not in out
+    assert start("--few_shot", 5, "--pretrained_dir", "none", "--model_type", "ViT-demo") == {}
+    assert "warning: The weights are random" in capsys.readouterr().out
+    assert start("--few_shot", 5, "--dry_run") == {} and "5-shot" not in capsys.readouterr().out
     assert "--few_shot 13 draws 13 training images of each class, and blue has 12" in error_of(
         capsys, start, "--few_shot", 13)
 

@@ -127,15 +127,17 @@ def read(folder: Path) -> History:
 
 
 def _settings(file: Path) -> dict:
+    """What settings.json holds. ValueError: it is missing or damaged."""
+    if not file.exists():
+        raise ValueError("settings.json is missing: settings are those that the weights tell, if they do.")
+    damaged = "settings.json is damaged: settings are those that the weights tell, if they do."
     try:
         found = json.loads(file.read_bytes())
-        if isinstance(found, dict) and isinstance(found.get("resolved", {}), dict):
-            return found
-    except FileNotFoundError:
-        raise ValueError("settings.json is missing: settings are those that the weights tell, if they do.") from None
-    except ValueError:
-        pass
-    raise ValueError("settings.json is damaged: settings are those that the weights tell, if they do.")
+    except ValueError as error:
+        raise ValueError(damaged) from error
+    if not isinstance(found, dict) or not isinstance(found.get("resolved", {}), dict):
+        raise ValueError(damaged)
+    return found
 
 
 def _rows(file: Path, problems: list[str]) -> list[tuple[str, int, float, float]]:

@@ -102,10 +102,9 @@ class Run:
 
     def show(self, name: str, images: np.ndarray, step: int) -> None:
         """(N, H, W, 3) uint8, as a square of pictures in TensorBoard."""
-        if self.writes:
-            from torchvision.utils import make_grid
-            square = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=math.ceil(len(images) ** 0.5))
-            self.tensorboard.add_image(name, square, step)
+        from torchvision.utils import make_grid
+        square = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=math.ceil(len(images) ** 0.5))
+        self.tensorboard.add_image(name, square, step)
 
     def save(self, now: State, progress) -> None:
         """Writes the state, then the weights files that are behind it. OSError: the states before are as they were."""
