@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils import data, distributed, preflight, probe, report
+from utils import curves, data, distributed, opening, preflight, probe, report, summary
+from utils.averaging import Average
 from utils.batches import EvalBatches, TrainBatches, memory, resident
 from utils.commands import start_log
 from utils.device import Computing, choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
 from utils.diagnosis import Diagnosis
 from utils.distributed import ALONE, World
-from utils.evaluation import Outputs, measure, shared_outputs
+from utils.evaluation import Outputs
 from utils.fitting import begin
 from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.losses import make_criterion
@@ -28,7 +29,7 @@ from utils.pictures import shown
 from utils.progress import Progress
 from utils.resources import out_of_memory
 from utils.runs import Run, full
-from utils.scoring import finish, in_words, remember, stop
+from utils.scoring import evaluate, finish, over, stop
 from utils.settings import Settings, given
 from utils.state import State
 from utils.step import make_scaler, rehearse, train_step
@@ -60,6 +61,9 @@ def make_batches(settings: Settings, dataset: data.Data, model, device, world: W
 def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     """One run, new or continued, from the flags given by hand to its folder; returns {"folder", "last", "best"}, the
     last two as test `Metrics`, or {} after a dry run."""
+    if flags.get("summary"):
+        log.info("%s", summary.describe(opening.bare_model(flags)))
+        return {}
     opened = open_run(flags)
     settings = opened.computing()
     device = choose_device(settings.device, world.local_rank if world.size > 1 else settings.local_rank)
@@ -71,6 +75,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
         dataset = data.load(**opened.where, seed=settings.seed, val_fraction=settings.val_fraction,
                             in_chans=opened.config.in_chans)
     dataset = preflight.check_data(dataset, settings, opened.size)
+    opened = opened.in_steps(len(dataset.train))
+    settings = opened.computing()
     opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
     if settings.few_shot and not settings.dry_run:
@@ -89,7 +95,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     optimizer = make_optimizer(model.to(device).train(), settings.optimizer, weight_decay=settings.weight_decay,
                                momentum_dtype=torch.bfloat16 if settings.momentum_dtype == "bfloat16" else None)
     criterion = make_criterion(dataset.train, settings.label_smoothing, settings.class_weights)
-    now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale), fitting)
+    now = State(model, optimizer, make_scaler(device.type, precision, settings.loss_scale), fitting,
+                average=make_average(model, settings))
     opened.restore(now)  # before anything is written
     labels = dataset.train.labels[:1].expand(batches.count(0), *dataset.train.labels.shape[1:]).to(device)
     fitting.settle(partial(rehearse, model, optimizer, now.scaler, labels, precision, criterion, world), len(labels),
@@ -114,6 +121,13 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     return found
 
 
+def make_average(model, settings: Settings) -> Average | None:
+    if not (settings.ema or settings.swa):
+        return None
+    return Average(model, ema=settings.ema, swa_from=None if settings.ema else
+                   min(settings.num_steps - round(settings.swa * settings.num_steps), settings.num_steps - 1))
+
+
 def probe_features(settings: Settings, dataset: data.Data, model, origin: dict, world: World) -> dict:
     """Instead of a run: what a linear layer on the frozen features can do, which takes seconds."""
     def batches(split):
@@ -134,21 +148,21 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
     """The loop: evaluate, save, stop, update, in this order, so that a run that goes on from `now` takes the same turns
     as one that never stopped. There is one turn more than there are updates. Returns the last evaluation, in float32;
     None where the run was continued behind it."""
-    said, classes = None, len(selection.split.classes)
-    metric = best_by(settings, selection.split)
+    said, metric = None, best_by(settings, selection.split)
     example = torch.zeros(1, now.model.config.in_chans, *now.model.img_size, device=batches.device)
     network = world.parallel(now.model, example)
     stream = batches.stream(range(now.step, settings.num_steps))
+    epoch = settings.num_epochs and settings.num_steps / settings.num_epochs  # in updates
     while True:
-        at_end = now.step == settings.num_steps
+        at_end = now.step == settings.num_steps or over(now, settings.early_stopping)
         due = now.step and (at_end or now.step % settings.eval_every == 0) and now.last.get("step") != now.step
         if due:
             with progress.paused(), suppress(Interrupted):
-                said = shared_outputs(now.model, selection, torch.float32 if at_end else precision, world=world,
-                                      scores=metric == "map", stop=interrupt.check if world.size == 1 else None)
-                found = measure(said, classes)
-                remember(now, run, selection.name, found, metric)
-                progress.say(f"{selection.name} {in_words(found)}")
+                said = evaluate(now, run, progress, selection, torch.float32 if at_end else precision, metric, epoch,
+                                world, interrupt)
+                if not at_end and over(now, settings.early_stopping):
+                    at_end, said = True, None  # the end is scored in float32
+                    log.info("Stopped early: %d evaluations in a row brought no new best.", settings.early_stopping)
         asked = [interrupt.signal == number for number in EXIT]
         *asked, save, cut = world.any(*asked, run.save_is_due(now.step, settings.save_every), now.fitting.changed)
         if cut:
@@ -172,19 +186,22 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
                             micro_batches=now.fitting, criterion=criterion,
                             max_grad_norm=settings.max_grad_norm, world=world,
                             dropout_seed=(settings.seed, now.step, world.rank))
+        if now.average:
+            now.average.update(now.model, now.step)
         progress.add(now.step, lr, result)
     progress.close()
     return said
 
 
 def add_report(folder: Path) -> None:
-    """report.html; whatever goes wrong there, the run is finished and whole."""
-    try:
-        log.info("report   %s", report.write([folder]))
-    except KeyboardInterrupt:
-        log.warning("No report: interrupted. It can be made later: python -m utils.report %s", folder)
-    except Exception as error:
-        log.warning("No report: %s. It can be made later: python -m utils.report %s", error, folder)
+    """curves.png, curves.csv and report.html; whatever goes wrong there, the run is finished and whole."""
+    for what, write in (("curves", lambda: curves.write(folder)[1]), ("report", lambda: report.write([folder]))):
+        try:
+            log.info("%-8s %s", what, write())
+        except KeyboardInterrupt:
+            log.warning("No %s: interrupted. It can be made later: python -m utils.report %s", what, folder)
+        except Exception as error:
+            log.warning("No %s: %s. It can be made later: python -m utils.report %s", what, error, folder)
 
 
 def as_sentence(error: Exception) -> str | None:
@@ -204,8 +221,8 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", 0))
     start_log(sys.stdout, logging.ERROR if rank else logging.INFO)
-    flags = given(argv)
     try:
+        flags = given(argv)
         use_cuda = torch.cuda.is_available() and flags.get("device") != "cpu"
         with logging_redirect_tqdm(), distributed.processes(use_cuda) as world:
             return train(flags, shlex.join([*distributed.launcher(), "train.py", *argv]), world)

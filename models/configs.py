@@ -6,6 +6,8 @@ which also gives the dropout rates. Everything that decides a number stands here
 
 from ml_collections import FrozenConfigDict
 
+CHOICES = {"pos_embed": ("learned", "sincos1d", "sincos2d", "none"), "patch_proj": ("conv", "linear")}
+
 
 def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None, classifier="token"):
     return FrozenConfigDict({
@@ -19,8 +21,11 @@ def _vit(name, patch, width, mlp, heads, layers, *, dropout=0.0, stem=None, clas
         "classifier": classifier,       # "token", or "gap": mean over the tokens, no class token
         "representation_size": None,    # width of `pre_logits` (Dense, tanh) before the head, or None
         "resnet": stem,                 # hybrids: {"num_layers": units of each stage, "width_factor": root width / 64}
+        "pos_embed": "learned",         # or by formula, never trained: "sincos1d", "sincos2d", "none" (all zero)
+        "patch_proj": "conv",           # or "linear": the same function and file, computed as one matrix product
         "dropout_rate": dropout,
         "attention_dropout_rate": 0.0,  # zero in everything that Google published
+        "drop_path_rate": 0.0,          # stochastic depth of the last block; the first has 0, linear between
         "gelu": "tanh",                 # Google's form; "erf" for weights that other tools trained
         "norm_eps": 1e-6,               # LayerNorm and GroupNorm; PyTorch's default is 1e-5
         "mean": (0.5, 0.5, 0.5),        # what the weights expect: (x / 255 - mean) / std, here [-1, 1]
@@ -37,6 +42,7 @@ CONFIGS = {
     for config in (
         #                patch width   mlp heads layers
         _vit("ViT-demo",    4,  192,  768,  3,  6),   # ours, for 32 px: `checkpoint/README.md`
+        _vit("ViT-CIFAR",   4,  192,  768, 12, 12),   # 32 px, the published small-ViT tutorial's: 12 heads of 16
         _vit("ViT-Ti_16",  16,  192,  768,  3, 12),
         _vit("ViT-S_16",   16,  384, 1536,  6, 12),
         _vit("ViT-S_32",   32,  384, 1536,  6, 12),
@@ -79,3 +85,12 @@ def replace(config: FrozenConfigDict, **changes) -> FrozenConfigDict:
     if unknown:
         raise KeyError(f"a model configuration has no field {sorted(unknown)}")
     return FrozenConfigDict({**config.to_dict(), **changes})
+
+
+def check(config: FrozenConfigDict) -> None:
+    """ValueError: a word or a rate that no model has."""
+    for field, words in CHOICES.items():
+        if config[field] not in words:
+            raise ValueError(f"{config.name} has {field} {config[field]!r}: choose {', '.join(words)}.")
+    if not 0 <= config.drop_path_rate < 1:
+        raise ValueError(f"{config.name} has drop_path_rate {config.drop_path_rate}: give at least 0 and less than 1.")

@@ -23,7 +23,10 @@ def patch_filters(model: VisionTransformer, components: int = 28) -> Tensor:
 
 @torch.no_grad()
 def position_similarity(model: VisionTransformer) -> Tensor:
-    """(h, w, h, w): cosine of the position embeddings of any two patches; the class token's is left out."""
+    """(h, w, h, w): cosine of the position embeddings of any two patches; the class token's is left out.
+
+    Of a model without position embeddings (all zero) every cosine is 0.
+    """
     h, w = model.grid
     places = F.normalize(model.pos_embed[0, -h * w:].double(), dim=-1)
     return (places @ places.T).float().reshape(h, w, h, w)

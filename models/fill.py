@@ -80,7 +80,8 @@ def fill_model(source, config: FrozenConfigDict, grid: tuple[int, int], rows_of:
     _check_shapes(source, rows, model, config, grid)
     for module in model.modules():  # `to_empty` would do the same, and load sympy for it (0.4 s)
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+            empty = torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     if num_classes:
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
@@ -209,6 +210,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 
     Equals Google's `scipy.ndimage.zoom(order=1)` (`interpolate_posembed`), except where a rounding of scipy's makes
     the last row or column of theirs zero: ours interpolates there as everywhere, and says so. A class row is kept.
+    An embedding by formula is resized in the same way, and not computed anew: the blocks know its values.
     """
     class_row, grid = pos_embed.split((pos_embed.shape[1] - old[0] * old[1], old[0] * old[1]), dim=1)
     grid = grid.double().reshape(1, *old, -1).permute(0, 3, 1, 2)

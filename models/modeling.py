@@ -9,6 +9,8 @@ from ml_collections import FrozenConfigDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models import positions
+from models.configs import check
 from models.kernels import Linear, attention, linear
 from models.modeling_resnet import ResNetStem, init_stem, lecun_normal_, stem
 
@@ -16,7 +18,8 @@ from models.modeling_resnet import ResNetStem, init_stem, lecun_normal_, stem
 class PatchEmbed(nn.Module):
     """(B, in_chans, H, W) -> (B, h * w, D), row by row: one convolution of stride P, behind the ResNet stem if any.
 
-    Pixels at the bottom and right that fill no patch are dropped, as Google's VALID convolution does.
+    Pixels at the bottom and right that fill no patch are dropped, as Google's VALID convolution does. patch_proj
+    "linear" is the same function as the paper writes it (equation 1): flattened patches times a matrix.
     """
 
     def __init__(self, config):
@@ -26,11 +29,20 @@ class PatchEmbed(nn.Module):
             self.backbone = stem(config.resnet, channels, config.norm_eps)
             channels = self.backbone.out_channels
         self.proj = nn.Conv2d(channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.linear = config.patch_proj == "linear"
 
     def forward(self, images: Tensor) -> Tensor:
         if hasattr(self, "backbone"):
             images = self.backbone(images)            # (B, channels, ceil(H / scale), ceil(W / scale))
+        if self.linear:
+            return linear(self.patches(images), self.proj.weight.flatten(1), self.proj.bias)
         return self.proj(images).flatten(2).mT        # (B, h * w, D)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h * w, C P P'), each patch (of P x P' pixels) in the order of the kernel."""
+        (P, Q), (H, W) = self.proj.kernel_size, images.shape[-2:]
+        x = images[..., :H // P * P, :W // Q * Q].unflatten(3, (-1, Q)).unflatten(2, (-1, P))  # (B, C, h, P, w, P')
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -77,19 +89,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block (`Encoder1DBlock`): (B, T, D) -> (B, T, D), or its first `queries` rows."""
+    """Pre-norm encoder block (`Encoder1DBlock`): (B, T, D) -> (B, T, D), or its first `queries` rows.
 
-    def __init__(self, config):
+    kept: of stochastic depth, a factor (B, 1, 1) for each of the two branches.
+    """
+
+    def __init__(self, config, drop_path: float = 0.0):
         super().__init__()
+        self.drop_path = drop_path  # the rate that the model draws `kept` with
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        x = x[:, :queries] + self.drop(self.attn(self.norm1(x), queries))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, queries: int | None = None, kept: list[Tensor] | None = None) -> Tensor:
+        attended = self.drop(self.attn(self.norm1(x), queries))
+        x = x[:, :queries] + (attended * kept[0] if kept else attended)
+        dense = self.drop(self.mlp(self.norm2(x)))
+        return x + (dense * kept[1] if kept else dense)
 
 
 class PreLogits(nn.Module):
@@ -108,10 +126,12 @@ class VisionTransformer(nn.Module):
 
     config: one of `models.configs`; img_size: pixels, an int or (H, W), square or not;
     num_classes: C, or 0 for no head (the output is then what the head would see).
+    ValueError: not even one patch fits, or the config has a word or a rate that does not exist.
     """
 
     def __init__(self, config: FrozenConfigDict, img_size: int | tuple[int, int] = 224, num_classes: int = 1000):
         super().__init__()
+        check(config)
         self.config = config
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.num_classes = num_classes
@@ -123,9 +143,11 @@ class VisionTransformer(nn.Module):
         if config.classifier == "token":
             self.cls_token = nn.Parameter(torch.empty(1, 1, D))
             tokens += 1
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, D))  # the class token has a row of its own, the first
+        # The class token has a row of its own, the first. By formula it is a parameter, too: any tool can then load it.
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, D), requires_grad=config.pos_embed == "learned")
         self.pos_drop = nn.Dropout(config.dropout_rate)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
+        rates = [config.drop_path_rate * i / max(config.num_layers - 1, 1) for i in range(config.num_layers)]
+        self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.pre_logits = PreLogits(config) if config.representation_size else nn.Identity()
         self.head = nn.Linear(config.representation_size or D, num_classes) if num_classes else nn.Identity()
@@ -150,10 +172,12 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x)
         return self.norm(self._run(last, x, queries))                             # (B, T or queries, D)
 
-    def _run(self, block: Block, *inputs) -> Tensor:
+    def _run(self, block: Block, x: Tensor, queries: int | None = None) -> Tensor:
+        # Drawn out here, as torch.compile would write each block anew for its rate.
+        kept = [survivors(x, block.drop_path) for _ in range(2)] if self.training and block.drop_path else None
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(block, x, queries, kept, use_reentrant=False)
+        return block(x, queries, kept)
 
     def forward(self, images: Tensor) -> Tensor:
         token = self.config.classifier == "token"  # the head reads it alone
@@ -170,7 +194,10 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         if self.config.classifier == "token":
             nn.init.zeros_(self.cls_token)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.config.pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed.copy_(positions.by_formula(self.config, self.grid))
         for block in self.blocks:
             for kernel in block.attn.qkv.weight.chunk(3):  # three D x D kernels, each with its own fan
                 nn.init.xavier_uniform_(kernel)
@@ -186,6 +213,12 @@ class VisionTransformer(nn.Module):
         if self.num_classes:
             nn.init.zeros_(self.head.weight)  # all logits are equal at the start: the first loss is ln(C)
             nn.init.zeros_(self.head.bias)
+
+
+def survivors(x: Tensor, rate: float) -> Tensor:
+    """(B, 1, 1): 0 with probability `rate`, else 1 / (1 - rate). Stochastic depth (Huang et al. 2016) for each image,
+    drawn as `torchvision.ops.stochastic_depth` does in its mode "row"."""
+    return x.new_empty(len(x), 1, 1).bernoulli_(1 - rate).div_(1 - rate)
 
 
 def grid_size(config: FrozenConfigDict, img_size: tuple[int, int]) -> tuple[int, int]:

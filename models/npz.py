@@ -181,14 +181,16 @@ def named(found: dict) -> FrozenConfigDict:
 
 
 def check_config(config, asked: FrozenConfigDict | str, path) -> FrozenConfigDict:
-    """The file decides the structure; what was asked for must agree and may bring its own dropout rates."""
+    """The file decides the structure; what was asked for must agree and may bring its own rates of dropout and
+    stochastic depth, and its way to project patches."""
     asked = get_config(asked) if isinstance(asked, str) else asked
     have, want = structure(config), structure(asked)
     if have != want:
         differs = ", ".join(f"{name} {have[name]} instead of {want[name]}" for name in have if have[name] != want[name])
         name = f"a {config.name}" if config.name in CONFIGS else "another model"
         raise ValueError(f"{path} holds {name}, not {asked.name}: {differs}.")
-    return replace(config, dropout_rate=asked.dropout_rate, attention_dropout_rate=asked.attention_dropout_rate)
+    own = ("dropout_rate", "attention_dropout_rate", "drop_path_rate", "patch_proj")
+    return replace(config, **{field: asked[field] for field in own})
 
 
 def grid_of(source, config: FrozenConfigDict, img_size: int | tuple[int, int] | None = None) -> tuple[int, int]:

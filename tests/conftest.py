@@ -59,6 +59,8 @@ def small_run(image_folder, tiny_config, tmp_path):
         flags = {"--dataset": image_folder, "--pretrained_dir": tmp_path / "tiny.npz", "--img_size": 16,
                  "--num_steps": 12, "--warmup_steps": 2, "--train_batch_size": 12, "--eval_every": 4,
                  "--output_dir": tmp_path / "output", "--name": name, "--precision": "fp32", "--device": "cpu"}
+        if "--num_epochs" in argv:
+            del flags["--num_steps"], flags["--warmup_steps"], flags["--eval_every"]
         words = [*(word for pair in flags.items() for word in pair), "--no_report", *argv]
         return train.main([str(word) for word in words])
     return run

@@ -363,3 +363,19 @@ def test_two_tensors_for_one_parameter_are_refused(tiny_model, tiny_config, tmp_
 def test_another_architecture_than_asked_for_is_refused(file):
     with pytest.raises(ValueError, match=r"not ViT-B_16: .*hidden_size 32 instead of 768"):
         load(file, config="ViT-B_16")
+
+
+def test_a_rate_of_stochastic_depth_reaches_the_loaded_model(tmp_path, tiny_model, tiny_config):
+    npz.save_npz(tiny_model, tmp_path / "tiny.npz")
+    asked = replace(tiny_config, drop_path_rate=0.3, patch_proj="linear")
+    config = load(tmp_path / "tiny.npz", config=asked).config
+    assert (config.drop_path_rate, config.patch_proj, config.pos_embed) == (0.3, "linear", "learned")
+
+
+def test_heads_are_not_guessed_for_a_structure_that_others_give_other_heads(tmp_path):
+    with torch.device("meta"):
+        model = VisionTransformer(replace(CONFIGS["ViT-CIFAR"], num_heads=3), 32, 10)
+    zeros = {name: torch.zeros(value.shape) for name, value in model.state_dict().items()}
+    save_file(zeros, tmp_path / "ti4.safetensors")
+    with pytest.raises(ValueError, match="does not tell its number of attention heads"):
+        load(tmp_path / "ti4.safetensors")

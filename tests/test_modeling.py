@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import stochastic_depth
 
 from models.configs import CONFIGS, replace
 from models.modeling import VisionTransformer, grid_size
 from tests.conftest import randomise
+from utils.step import seed_dropout
 
 
 def test_forward_is_the_papers_equations(tiny_model):
@@ -150,3 +152,133 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(tiny_config):
         kept.append(size)
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
     assert kept[1] < kept[0] / 3
+
+
+# --- Patches as one matrix product -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("change, size", [
+    ({}, (16, 16)), ({}, (18, 27)), ({"patch_size": (4, 3)}, (18, 19)), ({"in_chans": 1, "patch_size": (2, 5)}, 11),
+    ({"in_chans": 6, "mean": (0.5,) * 6, "std": (0.5,) * 6}, (16, 24)),
+    ({"patch_size": (2, 1), "resnet": {"num_layers": (1,), "width_factor": 0.5}}, (41, 22)),
+    ({"patch_size": (2, 2), "resnet": {"num_layers": (), "width_factor": 0.5}}, 37)])
+def test_linear_and_convolutional_patches_are_one_function(tiny_config, change, size, dtype, tolerance):
+    """Values and all gradients, those of the pixels included; what is left over at the edges has none."""
+    config = replace(tiny_config, **change)
+    conv = randomise(VisionTransformer(config, size, 5)).to(dtype)
+    linear = VisionTransformer(replace(config, patch_proj="linear"), size, 5).to(dtype).eval()
+    linear.load_state_dict(conv.state_dict(), strict=True)
+    images = torch.randn(2, config.in_chans, *conv.img_size, dtype=dtype)
+    found = []
+    for model in (conv, linear):
+        x = images.clone().requires_grad_()
+        embedded = model.patch_embed(x)
+        weight = torch.linspace(-1, 1, embedded.numel(), dtype=dtype).reshape(embedded.shape)
+        gradients = torch.autograd.grad((embedded * weight).sum(), [x, *model.patch_embed.parameters()])
+        found.append([embedded, *gradients, model(images)])
+    for one, other in zip(*found):
+        scale = max(1.0, one.abs().max().item())
+        assert one.shape == other.shape and (one - other).abs().max().item() <= tolerance * scale
+
+
+# --- Stochastic depth ------------------------------------------------------------------------------------------------
+
+def deep(config, rate, layers=4, **changes):
+    config = replace(config, drop_path_rate=rate, num_layers=layers, **changes)
+    return randomise(VisionTransformer(config, 16, 5)).train()
+
+
+def test_stochastic_depth_draws_and_computes_what_torchvisions_does(tiny_config):
+    model, images = deep(tiny_config, 0.6), torch.randn(6, 3, 16, 16)
+    torch.manual_seed(3)
+    found = model.forward_features(images)
+    torch.manual_seed(3)
+    x = torch.cat([model.cls_token.expand(6, -1, -1), model.patch_embed(images)], 1) + model.pos_embed
+    for i, block in enumerate(model.blocks):
+        x = x + stochastic_depth(block.attn(block.norm1(x)), 0.2 * i, "row")
+        x = x + stochastic_depth(block.mlp(block.norm2(x)), 0.2 * i, "row")
+    expected = model.norm(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    model.eval()
+    assert not torch.allclose(found, model.forward_features(images), atol=1e-2)
+
+
+def test_the_rates_rise_linearly_from_zero(tiny_config):
+    for layers, rates in ((4, [0, 0.1, 0.2, 0.3]), (2, [0, 0.3]), (1, [0])):
+        assert [block.drop_path for block in deep(tiny_config, 0.3, layers).blocks] == pytest.approx(rates)
+
+
+def test_stochastic_depth_drops_branches_at_their_rates_and_keeps_their_mean(tiny_config):
+    """Of the last of two blocks; each image on its own, each branch on its own."""
+    model, kept = deep(tiny_config, 0.3, 2), []
+    model.blocks[1].register_forward_pre_hook(lambda module, inputs: kept.append(torch.stack(inputs[2]).flatten(1)))
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[2]))
+    torch.manual_seed(0)
+    for _ in range(10):
+        model(torch.zeros(400, 3, 16, 16))
+    assert kept[::2] == [None] * 10
+    factors = torch.cat(kept[1::2], dim=1)                                        # (2, 4000)
+    assert factors.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    dropped = (factors == 0).double()
+    deviation = math.sqrt(0.3 * 0.7 / 4000)
+    assert all(abs(share - 0.3) < 4 * deviation for share in dropped.mean(dim=1).tolist())
+    assert abs(torch.corrcoef(dropped)[0, 1].item()) < 4 / math.sqrt(4000)
+
+
+def test_stochastic_depth_leaves_evaluation_and_a_rate_of_zero_alone(tiny_config):
+    images = torch.randn(2, 3, 16, 16)
+    with_rate, without = deep(tiny_config, 0.5), deep(tiny_config, 0.0)
+    before = torch.get_rng_state()
+    expected = without(images)
+    assert torch.equal(with_rate.eval()(images), expected)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn
+    with_rate.train()(images)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_stochastic_depth_under_checkpointing_gives_the_same_gradients_to_the_bit(tiny_config, dropout):
+    model, gradients = deep(tiny_config, 0.6, dropout_rate=dropout), []
+    images = torch.randn(5, 3, 16, 16)
+    for again in (False, True):
+        model.gradient_checkpointing = again
+        torch.manual_seed(1)
+        loss = F.cross_entropy(model(images), torch.tensor([0, 1, 2, 3, 4]))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+
+
+def test_stochastic_depth_is_the_same_where_the_last_block_computes_one_row(tiny_config):
+    model, images, logits = deep(tiny_config, 0.6).double(), torch.randn(8, 3, 16, 16, dtype=torch.float64), []
+    for whole in (False, True):
+        torch.manual_seed(2)
+        logits.append(model.head(model.forward_features(images)[:, 0]) if whole else model(images))
+    assert torch.allclose(*logits, rtol=0, atol=1e-12)
+
+
+def test_its_draws_are_a_function_of_seed_step_and_micro_batch(tiny_config):
+    model, images = deep(tiny_config, 0.6), torch.randn(8, 3, 16, 16)
+
+    def logits(*numbers):
+        seed_dropout(model, numbers)
+        return model(images)
+    first = logits(0, 3, 1)
+    assert torch.equal(first, logits(0, 3, 1))
+    assert not any(torch.equal(first, logits(*other)) for other in ((1, 3, 1), (0, 4, 1), (0, 3, 0)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it itself
+def test_blocks_of_all_rates_are_compiled_once(tiny_config):
+    """That is, once without stochastic depth, once with it and once for the last block's single row."""
+    torch.compiler.reset()
+    model, graphs = deep(tiny_config, 0.3), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    for block in model.blocks:
+        block.compile(backend=count)
+    for _ in range(2):
+        model(torch.randn(3, 3, 16, 16)).sum().backward()
+    torch.compiler.reset()
+    assert len(graphs) == 3

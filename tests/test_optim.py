@@ -218,3 +218,10 @@ def test_adamw_decays_kernels_only(tiny_model):
 def test_unknown_optimiser_is_refused(tiny_model):
     with pytest.raises(ValueError, match="no optimiser 'lion'"):
         make_optimizer(tiny_model, "lion")
+
+
+def test_a_constant_rate_stays_where_the_warm_up_ends():
+    rates = [lr_at(step, base=0.5, total=10, warmup=4, decay="constant") for step in range(11)]
+    assert rates == [0, 0.125, 0.25, 0.375] + 7 * [0.5]
+    with pytest.raises(ValueError, match="choose cosine, linear or constant"):
+        lr_at(1, base=1.0, total=2, warmup=0, decay="step")

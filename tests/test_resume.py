@@ -95,7 +95,9 @@ def test_a_run_that_was_stopped_by_a_signal_continues_to_the_same_bits(step, num
                                    ["--val_fraction", 0.25, "--metric", "loss"], ["--precision", "bf16"],
                                    ["--save_every", 3, "--eval_every", 1], ["--class_weights", "balanced"],
                                    ["--pad_crop", 2, "--randaugment", 2, "--mixup", 0.8, "--cutmix", 1],
-                                   ["--train", "lora:2"], ["--train", "last:1", "--optimizer", "adamw"]])
+                                   ["--train", "lora:2"], ["--train", "last:1", "--optimizer", "adamw"],
+                                   ["--ema", 0.9, "--drop_path", 0.5], ["--swa", 0.7, "--decay_type", "constant"],
+                                   ["--swa", 0.3], ["--train", "lora:2", "--ema", 0.9]])
 def test_every_kind_of_run_continues_to_the_same_bits(flags, start, cut):
     if "bf16" in flags:
         flags = [*flags, "--gradient_accumulation_steps", 1]

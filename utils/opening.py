@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from ml_collections import FrozenConfigDict
 
-from models import configs, exchange, huggingface, sources
+from models import configs, exchange, huggingface, npz, sources
 from models.fill import with_channels
 from models.modeling import VisionTransformer
 from utils import state, trainable
@@ -19,7 +19,7 @@ from utils.device import Computing
 from utils.optim import lr_at
 from utils.progress import Progress
 from utils.runs import PATHS, Run, check_free, data_of, sha256, weights_of
-from utils.settings import SHORT, Settings, proceed, resolve
+from utils.settings import SHORT, SIZES, Settings, proceed, resolve
 from utils.state import State
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,13 @@ class Opening:
     where: dict[str, str | None]  # the absolute paths of PATHS, so that the current folder may be another one next time
     content: dict | None = None  # the state that is continued; None: a new run
     changed: dict | None = None  # settings that are others than before, {name: (before, now)}
+
+    def in_steps(self, images: int) -> "Opening":
+        """The same with epochs as updates, for so many training images."""
+        settings, changed = self.settings.in_steps(images), self.changed
+        if self.content and settings.num_steps != self.settings.num_steps:
+            changed = {**changed, "num_steps": (self.settings.num_steps, settings.num_steps)}
+        return replace(self, settings=settings, changed=changed)
 
     def build_model(self, num_classes: int) -> tuple[VisionTransformer, dict]:
         """The model, of which trains what is to, and the file it began with: {"name", "sha256"}, empty from scratch. A
@@ -100,7 +107,9 @@ class Opening:
             return {**before, "where": self.where, "settings": {**now, "continued": continued}}
         resolved = {"name": self.folder.name, "model_type": model.config.name, "img_size": list(model.img_size),
                     "in_chans": model.config.in_chans, "dropout": model.config.dropout_rate,
-                    "pretrained_dir": origin.get("name", "none"), "metric": best_by(self.settings, dataset.train),
+                    "drop_path": model.config.drop_path_rate, "patch_proj": model.config.patch_proj,
+                    "pos_embed": model.config.pos_embed, "pretrained_dir": origin.get("name", "none"),
+                    "metric": best_by(self.settings, dataset.train), "train_images": len(dataset.train),
                     "gradient_accumulation_steps": micro_batches, **computing.in_words(), **computes_with(computing),
                     **asdict(view)}
         several = {"multi_label": True} if dataset.train.multi_label else {}
@@ -135,8 +144,8 @@ class Opening:
                 now.restore(self.content)
             except ValueError as error:
                 raise ValueError(f"{self.folder}/{state.NEWEST} {error}.") from error
-            for name in ("weights", "optimizer", "best_weights"):  # they would stay in memory as long as the run
-                del self.content[name]
+            for name in ("weights", "optimizer", "best_weights", "average"):  # they would stay in memory
+                self.content.pop(name, None)
 
     def resume(self, run: Run, now: State, progress: Progress) -> None:
         """Brings a run's folder and what follows it to the state `now`, and says what is not as it was."""
@@ -158,9 +167,13 @@ class Opening:
                      for total in self.changed["num_steps"]]
             log.info("         the learning rate goes on at %.3g, where it would have been %.3g", *reversed(rates))
             run.log(now.step, run_num_steps=self.settings.num_steps)
+            now.averaged = {}  # a mean that is to begin later than planned is begun anew
+        if {"num_steps", "early_stopping"} & set(self.changed):
             now.finished = {}
         if run.writes and not now.finished:
             (run.folder / "predictions.csv").unlink(missing_ok=True)  # of other weights than those that come
+        if run.writes and not now.averaged:
+            (run.folder / "averaged.safetensors").unlink(missing_ok=True)
         run.mend(now)
 
 
@@ -176,6 +189,24 @@ def best_by(settings: Settings, split: Split) -> str:
     return settings.metric if settings.metric != "auto" else "map" if split.multi_label else "accuracy"
 
 
+def bare_model(given: dict) -> VisionTransformer:
+    """The model that the flags ask for, with random weights, without memory (on PyTorch's meta device); nothing is
+    fetched, and of the data only a named set's classes are known: others have as many as the checkpoint, or 1,000."""
+    settings = resolve(given)
+    here = settings.pretrained_dir is not None and Path(settings.pretrained_dir).exists()
+    if not here and settings.pretrained_dir != "none":  # a published file: its name is enough
+        name = Path(settings.pretrained_dir or "ViT-B_16").name.removesuffix(".npz")
+        settings = replace(settings, pretrained_dir="none",
+                           model_type=name if settings.model_type == "auto" else settings.model_type)
+    config, size, weights = choose_model(settings)
+    named = settings.dataset in NAMED and NAMED[settings.dataset].classes
+    classes = named or (weights and exchange.identify(weights, config).num_classes) or 1000
+    with torch.device("meta"):
+        model = VisionTransformer(config, size, classes)
+    trainable.choose(model, settings.train, seed=settings.seed)
+    return model
+
+
 def located(settings) -> dict[str, str | None]:
     """PATHS as absolute paths; a named set stays a name."""
     named = {"dataset": settings.dataset} if settings.dataset in NAMED else {}
@@ -186,17 +217,41 @@ def choose_model(settings: Settings) -> tuple[FrozenConfigDict, tuple[int, int],
     """What to start from: configuration, image size and weights (None: from scratch). No tensor is read yet."""
     asked = None if settings.model_type == "auto" else configs.get_config(settings.model_type)
     if settings.pretrained_dir == "none":
-        path, config = None, asked or configs.get_config("ViT-B_16")
-        native = (32, 32) if config.name == "ViT-demo" else (224, 224)
+        path, config = None, resized(asked or configs.get_config("ViT-B_16"), settings)
+        native = (32, 32) if max(config.patch_size) <= 4 and config.resnet is None else (224, 224)
     else:
+        if sizes := [f"--{name}" for name in SIZES if getattr(settings, name) is not None]:
+            raise ValueError(f"{', '.join(sizes)}: a checkpoint decides that. Leave it out, or train from scratch "
+                             "(--pretrained_dir none).")
         name = settings.pretrained_dir or f"checkpoint/{asked.name if asked else 'ViT-B_16'}.npz"
         path = sources.fetch(weights_of(name))
         config, native = exchange.describe(path, asked, settings.img_size)
     config = with_channels(config, settings.in_chans or config.in_chans)
-    if settings.dropout is not None:
-        config = configs.replace(config, dropout_rate=settings.dropout)
+    given = {"dropout_rate": settings.dropout, "drop_path_rate": settings.drop_path, "patch_proj": settings.patch_proj}
+    config = configs.replace(config, **{field: value for field, value in given.items() if value is not None})
     usual = native if max(native) <= 224 or native[0] != native[1] else (224, 224)
     return config, settings.img_size or usual, path
+
+
+def resized(config: FrozenConfigDict, settings: Settings) -> FrozenConfigDict:
+    """`config` with the sizes that were given by hand; "custom", if no published one is built so.
+
+    ValueError: heads that do not divide the width.
+    """
+    s = settings
+    sizes = {"patch_size": s.patch_size and (s.patch_size,) * 2, "hidden_size": s.hidden_size, "mlp_dim": s.mlp_dim,
+             "num_layers": s.num_layers, "num_heads": s.num_heads, "pos_embed": s.pos_embed}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if "hidden_size" in sizes:
+        sizes.setdefault("mlp_dim", 4 * sizes["hidden_size"])
+    found = configs.replace(config, **sizes)
+    if found.hidden_size % found.num_heads:
+        raise ValueError(f"{found.num_heads} heads cannot share a width of {found.hidden_size}: give a --num_heads "
+                         "that divides --hidden_size.")
+    if npz.structure(found) != npz.structure(config):
+        same = (known.name for known in configs.CONFIGS.values() if npz.structure(known) == npz.structure(found))
+        found = configs.replace(found, name=next(same, "custom"))
+    return found
 
 
 def open_run(given: dict) -> Opening:

@@ -13,7 +13,8 @@ def lr_at(step: int, *, base: float, total: int, warmup: int, decay: str = "cosi
           linear_end: float = LINEAR_END) -> float:
     """Learning rate of the update that `step` updates came before (update k sees step k - 1, as optax counts).
 
-    Linear warm-up from exactly zero, then cosine to zero or linear to `linear_end` (`create_learning_rate_schedule`).
+    Linear warm-up from exactly zero, then cosine to zero, linear to `linear_end` (`create_learning_rate_schedule`), or
+    constant.
     Rounded to float32, as the value that Google's update multiplies with.
     """
     progress = min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
@@ -21,8 +22,10 @@ def lr_at(step: int, *, base: float, total: int, warmup: int, decay: str = "cosi
         lr = linear_end + (base - linear_end) * (1 - progress)
     elif decay == "cosine":
         lr = base * 0.5 * (1 + math.cos(math.pi * progress))
+    elif decay == "constant":
+        lr = base
     else:
-        raise ValueError(f"There is no decay '{decay}': choose cosine or linear.")
+        raise ValueError(f"There is no decay '{decay}': choose cosine, linear or constant.")
     if warmup:
         lr *= min(1.0, step / warmup)
     return torch.tensor(lr, dtype=torch.float32).item()

@@ -35,6 +35,7 @@ class Progress:
         self.pending = deque()
         self.skipped = self.skipped_in_a_row = 0
         self.loss = self.rate = float("nan")
+        self.sums = [0, 0.0, 0.0]  # since the last evaluation: updates, their losses, their accuracies
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1,
                         disable=None if run.writes else True)
         self.started = self.spoke = time.perf_counter()
@@ -45,11 +46,12 @@ class Progress:
 
     def state_dict(self) -> dict:
         """What a run that is continued still has to know: the counts, and what has been said."""
-        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "sums": self.sums,
                 "diagnosis": self.diagnosis.state_dict() if self.diagnosis else {}}
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.sums = state.get("sums", self.sums)
         if self.diagnosis and state["diagnosis"]:
             self.diagnosis.load_state_dict(state["diagnosis"])
 
@@ -86,13 +88,18 @@ class Progress:
             self.mark = self.done, self._moment()
         self.ended = None
 
+    def means(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the training batches since this was last asked; NaN where there were none."""
+        updates, loss, accuracy = self.sums
+        self.sums = [0, 0.0, 0.0]
+        return (loss / updates, accuracy / updates) if updates else (float("nan"), float("nan"))
+
     def say(self, text: str) -> None:
         """A line that stays: where the run is, and `text`."""
         left = (time.perf_counter() - self.started) / max(self.done - self.start, 1) * (self.total - self.done)
-        loss = f"loss {self.loss:.4f}  " if self.loss == self.loss else ""  # none before a first step
         speed = f"{self.rate:,.0f} images/s  " if self.rate == self.rate else ""  # none after a first step alone
         self.spoke = time.perf_counter()
-        log.info("step %d/%d  %s%s  %s%s left", self.done, self.total, loss, text, speed, tqdm.format_interval(left))
+        log.info("step %d/%d  %s  %s%s left", self.done, self.total, text, speed, tqdm.format_interval(left))
 
     def _tell(self, sentences: list[str]) -> None:
         for sentence in sentences:
@@ -120,9 +127,10 @@ class Progress:
         self.done = step
         self.run.log(step, train_loss=loss, train_accuracy=accuracy, train_lr=lr, train_grad_norm=norm, **speed)
         self.loss = loss
+        self.sums = [total + value for total, value in zip(self.sums, (1, loss, accuracy))]
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.perf_counter() - self.spoke > SILENCE:  # a file, where a bar would not be seen
-            self.say(f"lr {lr:.2e}")
+            self.say(f"loss {loss:.4f}  lr {lr:.2e}")
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self.rate:,.0f} images/s", refresh=False)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:

@@ -19,6 +19,7 @@ import numpy as np
 from utils import scorecard
 from utils.charts import COLOURS, Curve, curves, palette
 from utils.commands import check_free, run
+from utils.curves import write as write_curves
 from utils.history import History, read
 from utils.mistakes import looks, worst
 from utils.page import (
@@ -360,6 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: prints where the report is; exit code 2 for an error of one sentence."""
     def make(args) -> int:
         print(write(args.folders, args.output, args.overwrite))
+        if len(args.folders) == 1:
+            write_curves(Path(args.folders[0]))
         return 0
     run(make, parser().parse_args(sys.argv[1:] if argv is None else argv))
 

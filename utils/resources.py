@@ -24,7 +24,7 @@ FULL = ("can't allocate memory", "not enough memory", "out of memory", "std::bad
 
 class Memory(NamedTuple):
     """Bytes at the peak of a training step."""
-    weights: int      # with their copies in the precision of autocast
+    weights: int      # with their copies in the precision of autocast, and their average
     optimizer: int
     batch: int        # the images of the whole update
     activations: int  # of one micro-batch: what the forward pass keeps, and the backward pass needs beside it
@@ -52,8 +52,9 @@ def memory(model, settings, precision: torch.dtype, device: torch.device, proces
     pixels = model.config.in_chans * model.img_size[0] * model.img_size[1]
     kept = activations(model, images // parts, precision, device)
     gradients, sent = numbers * FLOAT, numbers * FLOAT * (processes > 1)  # DDP's buckets; a whole batch's lie in them
+    weights = numbers * (FLOAT + narrow + FLOAT * bool(settings.ema or settings.swa))  # and their average
     own = gradients if parts > 1 else 0 if sent else max(gradients - kept, 0)
-    return Memory(weights=numbers * (FLOAT + narrow), optimizer=numbers * moment * MOMENTS[settings.optimizer],
+    return Memory(weights=weights, optimizer=numbers * moment * MOMENTS[settings.optimizer],
                   batch=images * pixels * FLOAT, activations=kept, gradients=own + sent)
 
 
@@ -152,8 +153,9 @@ def disk(model: nn.Module, settings) -> int:
     while it is written, the weights of `last` and `best` and one while it is written, and the metrics."""
     weights = sum(p.numel() for p in model.parameters()) * FLOAT
     moment = 2 if settings.momentum_dtype == "bfloat16" else FLOAT
-    state = 2 * weights + weights // FLOAT * moment * MOMENTS[settings.optimizer]
-    return 3 * state + 3 * weights + settings.num_steps * VALUES * LINE
+    average = weights * bool(settings.ema or settings.swa)
+    state = 2 * weights + average + weights // FLOAT * moment * MOMENTS[settings.optimizer]
+    return 3 * state + 3 * weights + average + settings.num_steps * VALUES * LINE
 
 
 def free_disk(folder: Path) -> int:

@@ -25,8 +25,9 @@ from utils.state import State, replacing
 
 log = logging.getLogger(__name__)
 
-FILES = ("settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", state.NEWEST, state.PREVIOUS,
-         "predictions.csv", "report.html", "tensorboard")  # of a run
+WEIGHTS = ("last", "best", "averaged")  # files of weights that a run has, the third if it was asked for
+FILES = ("settings.json", "metrics.jsonl", *(f"{kind}.safetensors" for kind in WEIGHTS), state.NEWEST, state.PREVIOUS,
+         "predictions.csv", "report.html", "curves.csv", "curves.png", "tensorboard")  # of a run
 PATHS = ("dataset", "labels", "data_dir")  # settings that say where data is
 SAVE_SECONDS = 300  # between two savings of the state where nobody says how many updates
 
@@ -140,7 +141,7 @@ class Run:
     def _headers(self, now: State) -> dict[str, dict]:
         """What of a weights file's header changes in a run."""
         headers = {}
-        for kind, found in (("last", now.last), ("best", now.best)):
+        for kind, found in (("last", now.last), ("best", now.best), ("averaged", now.averaged)):
             if found:
                 scores = {found["part"]: found, **({"test": now.finished[kind]} if now.finished else {})}
                 headers[kind] = {"step": found["step"], "command": self.command, **{
@@ -149,10 +150,9 @@ class Run:
         return headers
 
     def _export(self, kind: str, header: dict, now: State) -> None:
-        weights = lora.merged(now.model, now.best_weights if kind == "best" else None)
         about = {name: value for name, value in self.about.items() if name != "where"}  # paths are for this machine
         exchange.save(now.model, self.folder / f"{kind}.safetensors", {**about, **header, "versions": versions()},
-                      weights=weights)
+                      weights=_weights(kind, now))
         self.exported[kind] = header
 
     def _on_disk(self, kind: str, now: State | None) -> dict | None:
@@ -163,15 +163,22 @@ class Run:
             tensors = load_file(path) if now else {}
         except (ValueError, OSError, SafetensorError):
             return None
-        weights = {} if now is None else lora.merged(now.model, now.best_weights if kind == "best" else None)
+        weights = {} if now is None else _weights(kind, now)
         if tensors.keys() != weights.keys() or not all(torch.equal(tensors[name], value.cpu())
                                                        for name, value in weights.items()):
             return None
         return {name: about.get(name) for name in ("step", "command", "accuracy", "map") if name in about}
 
 
+def _weights(kind: str, now: State) -> dict[str, torch.Tensor]:
+    """What a weights file holds, by our names."""
+    if kind == "averaged":
+        return now.average.model.state_dict()
+    return lora.merged(now.model, now.best_weights if kind == "best" else None)
+
+
 def _has_weights(now: State, kind: str, header: dict) -> bool:
-    """Whether the state has the weights that a header describes: `last` only until the next update."""
+    """Whether the state has the weights that a header describes: all but `best` only until the next update."""
     return kind == "best" or header["step"] == now.step
 
 
@@ -227,8 +234,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 def weights_of(path, kind: str = "auto") -> Path:
     """The weights in a run's folder; any other path as it is.
 
-    kind: "best", "last", or "auto": `best` where a held-out part has chosen it, else `last`, as the test set itself has
-    chosen `best` there. ValueError: a run that has saved no weights yet.
+    kind: "best", "last", "averaged", or "auto": `best` where a held-out part has chosen it, else `last`, as the test
+    set itself has chosen `best` there. ValueError: a run that has saved no weights yet.
     """
     path = Path(path)
     if path.name in (state.NEWEST, state.PREVIOUS):
@@ -239,6 +246,9 @@ def weights_of(path, kind: str = "auto") -> Path:
         last = path / "last.safetensors"
         chosen = last.exists() and "val" in exchange.read_metadata(last).get("accuracy", {})
         kind = "best" if chosen else "last"
+    if kind == "averaged" and not (path / f"{kind}.safetensors").exists():
+        raise ValueError(f"{path} has no averaged.safetensors: it was trained without --ema or --swa, or has averaged "
+                         "nothing yet.")
     if not (path / f"{kind}.safetensors").exists():
         raise ValueError(f"{path} is a run without {kind}.safetensors: it has had no evaluation yet. Let it go on "
                          f"to one: python train.py --resume {path} --eval_every N.")

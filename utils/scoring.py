@@ -5,6 +5,8 @@ import math
 import time
 from functools import partial
 
+import torch
+
 from utils.batches import EvalBatches
 from utils.distributed import World
 from utils.evaluation import Metrics, Outputs, measure, shared_outputs
@@ -27,8 +29,44 @@ def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> No
     value = -shown["loss"] if metric == "loss" else shown[metric]
     value = -math.inf if math.isnan(value) else value
     if not now.best or value > now.best["value"]:
-        now.best = {**now.last, "value": value}
+        now.best = {**now.last, "value": value, "since": 0}
         now.remember_best()
+    else:
+        now.best["since"] = now.best.get("since", 0) + 1  # evaluations without a better one
+
+
+def remember_average(now: State, run: Run, part: str, found: Metrics) -> None:
+    """An evaluation of the averaged weights becomes their last one. It chooses nothing."""
+    run.log(now.step, **{f"average_{part}_accuracy": found.accuracy, f"average_{part}_loss": found.loss})
+    now.averaged = {"step": now.step, "part": part, **found._asdict()}
+
+
+def evaluate(now: State, run: Run, progress: Progress, selection: EvalBatches, precision: torch.dtype, metric: str,
+             epochs: float, world: World, interrupt: Interrupt) -> Outputs:
+    """What the weights, and their average, say about the images on which `best` is chosen: remembered and said, beside
+    what the training batches since the last evaluation said. epochs: updates of one, 0 where nobody counts them.
+    Interrupted: a signal has come; nothing is remembered."""
+    ask = partial(shared_outputs, batches=selection, precision=precision, scores=metric == "map", world=world,
+                  stop=interrupt.check if world.size == 1 else None)
+    said, classes = ask(now.model), len(selection.split.classes)
+    found = measure(said, classes)
+    average = measure(ask(now.average.model), classes) if now.average and now.average.ready else None
+    remember(now, run, selection.name, found, metric)
+    loss, accuracy = progress.means()
+    words = f"epoch {now.step / epochs:.3g}  " if epochs else ""
+    if loss == loss:
+        words += f"train accuracy {100 * accuracy:.2f} %, loss {loss:.4f}  "
+    words += f"{selection.name} {in_words(found)}"
+    if average:
+        remember_average(now, run, selection.name, average)
+        words += f"  averaged {in_words(average)}"
+    progress.say(words)
+    return said
+
+
+def over(now: State, patience: int) -> bool:
+    """Whether so many evaluations in a row brought no new best; never for 0."""
+    return bool(patience) and now.best.get("since", 0) >= patience
 
 
 def in_words(found: Metrics, of: str = "") -> str:
@@ -47,16 +85,21 @@ def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, said:
           interrupt: Interrupt) -> None:
     """The last and the best weights on the test set, in float32; those that one would take leave predictions.csv.
     said: the loop's last evaluation. Interrupted: a signal has come; nothing was logged."""
-    ask = partial(shared_outputs, now.model, test, scores=now.last["map"] is not None, world=world,
+    ask = partial(shared_outputs, batches=test, scores=now.last["map"] is not None, world=world,
                   stop=interrupt.check if world.size == 1 else None)
     chosen_on_test = selection is test
-    last = best = said if chosen_on_test and said else ask()
+    last = best = said if chosen_on_test and said else ask(now.model)
     if now.best["step"] != now.step:
         with now.best_in_place():
-            best = ask()
-    scores = {kind: measure(found, len(test.split.classes)) for kind, found in (("last", last), ("best", best))}
+            best = ask(now.model)
+    weights = {"last": last, "best": best} | (
+        {"averaged": ask(now.average.model)} if now.average and now.average.ready else {})
+    scores = {kind: measure(found, len(test.split.classes)) for kind, found in weights.items()}
     if not chosen_on_test:
-        run.log(now.step, test_accuracy=scores["last"].accuracy, test_loss=scores["last"].loss)
+        for kind, prefix in (("last", ""), ("averaged", "average_")):
+            if kind in scores:
+                run.log(now.step, **{f"{prefix}test_accuracy": scores[kind].accuracy,
+                                     f"{prefix}test_loss": scores[kind].loss})
     run.log(now.best["step"], best_test_accuracy=scores["best"].accuracy, best_test_loss=scores["best"].loss)
     if run.writes:
         with replacing_text(run.folder / "predictions.csv") as file:
@@ -68,19 +111,23 @@ def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, tes
            world: World, interrupt: Interrupt) -> dict:
     """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
     if now.finished:
-        log.info("finished already: more --num_steps would go on")
+        log.info("finished already: more --num_steps%s would go on", " or --early_stopping" * bool(now.best["since"]))
     else:
         try:
             score(now, run, selection, test, said, world, interrupt)
         except Interrupted:
             stop(now, run, interrupt.signal)
         run.save(now, progress)
-    scores = {kind: Metrics(**now.finished[kind]) for kind in ("last", "best")}
+    scores = {kind: Metrics(**found) for kind, found in now.finished.items()}
     part = "this same test set" if selection is test else "the held-out part"
-    why = {"last": "the end of the run", "best": f"the best of the evaluations on {part}"}
-    for kind, found in (("last", now.last), ("best", now.best)):
-        log.info("%s     %s (step %d: %s)", kind, in_words(scores[kind], f" of {scores[kind].images:,} test images"),
-                 found["step"], why[kind])
+    why = {"last": "the end of the run", "best": f"the best of the evaluations on {part}",
+           "averaged": f"the mean of {now.average.count} steps' weights" if now.average else ""}
+    for kind, found in (("last", now.last), ("best", now.best), ("averaged", now.averaged)):
+        if found and kind in scores:
+            log.info("%-8s %s (step %d: %s)", kind, in_words(scores[kind], f" of {scores[kind].images:,} test images"),
+                     found["step"], why[kind])
+    if now.average and not now.average.ready:
+        log.warning("The run ended before the weights were to be averaged.")
     minutes, seconds = divmod(round(time.monotonic() - run.started), 60)
     peak = peak_memory(now.model.pos_embed.device)
     log.info("output   %s, after %d min %02d s%s", run.folder, minutes, seconds,

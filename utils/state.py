@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from utils.averaging import Average
 from utils.fitting import Fitting
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class State:
     last: dict = field(default_factory=dict)  # the last evaluation: "step", "part" and its metrics; empty before
     best: dict = field(default_factory=dict)  # the best one, with "value", what it was chosen by
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # in main memory, as they may be asked for any time
-    finished: dict = field(default_factory=dict)  # the metrics of both on the test set, when the run has ended
+    finished: dict = field(default_factory=dict)  # the metrics of all on the test set, when the run has ended
+    average: Average | None = None  # of the weights
+    averaged: dict = field(default_factory=dict)  # its last evaluation, as `last`
 
     def remember_best(self) -> None:
         """Keeps the weights as they are now as the best ones."""
@@ -59,7 +62,8 @@ class State:
         present = self.best.get("step") == self.step
         return {"step": self.step, "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "split": self.fitting.state_dict(), "last": self.last,
-                "best": self.best, "finished": self.finished, "best_weights": {} if present else self.best_weights}
+                "best": self.best, "finished": self.finished, "best_weights": {} if present else self.best_weights,
+                **({"average": self.average.state_dict(), "averaged": self.averaged} if self.average else {})}
 
     def restore(self, content: dict[str, Any]) -> None:
         """The state as it was when `content` was taken, by a model and an optimiser of the same settings.
@@ -72,6 +76,9 @@ class State:
             self.scaler.load_state_dict(content["scaler"])
             self.step, self.last, self.best = content["step"], content["last"], content["best"]
             self.finished, self.best_weights = content["finished"], content["best_weights"]
+            if self.average:
+                self.average.load_state_dict(content["average"])
+                self.averaged = content["averaged"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split("\n\t")[-1].split())  # the last of PyTorch's list
             raise ValueError(f"holds another run's state: it does not fit the model and optimiser ({reason})"

@@ -110,11 +110,13 @@ def rehearse(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.a
 
 
 def seed_dropout(model: nn.Module, numbers: tuple[int, ...]) -> None:
-    """Makes the dropout masks of the next forward pass a function of `numbers` alone (seed, step, micro-batch, rank).
+    """Makes the masks of dropout and stochastic depth in the next forward pass a function of `numbers` alone (seed,
+    step, micro-batch, rank).
 
     Google repeats one mask for all micro-batches of an update; here each has its own, as one large batch would.
     """
-    if model.config.dropout_rate or model.config.attention_dropout_rate:
+    config = model.config
+    if config.dropout_rate or config.attention_dropout_rate or config.drop_path_rate:
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 

@@ -31,10 +31,11 @@ def choose(model: VisionTransformer, what: str, *, seed: int = 0) -> None:
 
     what: as `parse` takes it. last:N: also the final norm. norm: weights and biases of all LayerNorms and GroupNorms.
     lora:R: adds the matrices, drawn from `seed`. Once a model, before its optimiser is made and its state is loaded.
-    Dropout acts in frozen parts, too. ValueError: as `parse`.
+    A position embedding by formula never trains. Dropout acts in frozen parts, too. ValueError: as `parse`.
     """
     kind, number = parse(what, model.config)
     model.requires_grad_(kind == "all")
+    model.pos_embed.requires_grad_(kind == "all" and model.config.pos_embed == "learned")
     trained = [model.pre_logits, model.head]
     if kind == "last":
         trained += [*model.blocks[-number:], model.norm]

@@ -51,7 +51,7 @@ class Trained:
 def open_trained(checkpoint: str, device: torch.device, *, weights: str = "auto",
                  img_size: tuple[int, int] | None = None, model_type: str | None = None) -> Trained:
     """checkpoint: a file or Hugging Face folder that `exchange.load` reads, a published `.npz` that is fetched if it
-    is not there, or the folder of a run, of which `weights` (auto, best or last) are taken.
+    is not there, or the folder of a run, of which `weights` (auto, best, last or averaged) are taken.
 
     ValueError or OSError: a sentence; also for weights that are there to be fine-tuned only.
     """

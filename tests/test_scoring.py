@@ -1,0 +1,145 @@
+"""What a run says, chooses, averages and stops by, through `main(argv)` on tiny images."""
+
+import csv
+import json
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from models.exchange import read_metadata
+from utils.averaging import Average, decay_at
+from utils.evaluation import Metrics
+from utils.scoring import over, remember
+from utils.state import State
+from utils.trained import open_trained
+
+
+@pytest.fixture
+def start(small_run):
+    return partial(small_run, "--learning_rate", 0.1)
+
+
+def values(folder, name):
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {event["step"]: event["value"] for event in events if event["name"] == name}
+
+
+def test_an_epoch_is_said_with_the_means_of_its_training_batches(start, capsys):
+    folder = start("--num_epochs", 3)["folder"]  # of 36 images, 12 an update
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[:2] for line in said] == [[f"step {3 * e}/9", f"epoch {e}"] for e in (1, 2, 3)]
+    loss, accuracy = values(folder, "train/loss"), values(folder, "train/accuracy")
+    for e, line in enumerate(said):
+        mean = [sum(column[3 * e + k] for k in (1, 2, 3)) / 3 for column in (accuracy, loss)]
+        assert f"train accuracy {100 * mean[0]:.2f} %, loss {mean[1]:.4f}" in line
+        found = values(folder, "test/accuracy")[3 * e + 3], values(folder, "test/loss")[3 * e + 3]
+        assert f"test accuracy {100 * found[0]:.2f} %, loss {found[1]:.4f}" in line
+
+
+def test_curves_are_left_as_a_picture_and_a_table(start, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    folder = start("--num_epochs", 2)["folder"]
+    train.add_report(folder)
+    rows = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1.0", "3"), ("2.0", "6")]
+    assert [float(row["test_loss"]) for row in rows] == list(values(folder, "test/loss").values())
+    losses = values(folder, "train/loss")
+    assert float(rows[1]["train_loss"]) == pytest.approx(sum(losses[k] for k in (4, 5, 6)) / 3)
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.size == (1200, 480) and (folder / "report.html").exists()
+
+
+def test_more_epochs_go_on_and_fewer_are_refused(start, capsys):
+    folder = start("--num_epochs", 2)["folder"]
+    train.main(["--resume", str(folder), "--num_epochs", "4", "--no_report"])
+    assert sorted(values(folder, "test/loss")) == [3, 6, 9, 12]
+    assert "--num_steps 6 -> 12" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(folder), "--num_epochs", "1"])
+    assert "--num_epochs 4.0 -> 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--ema", 0.8], ["--swa", 0.5]])
+def test_averaged_weights_follow_their_formula_and_are_scored_and_saved_beside_the_raw_ones(flags, start, monkeypatch):
+    seen, real = [], Average.update
+
+    def update(self, model, step):
+        seen.append({name: value.double().clone() for name, value in model.state_dict().items()})
+        return real(self, model, step)
+    monkeypatch.setattr(Average, "update", update)
+    result = start(*flags, "--val_fraction", 0.25)
+    expected = dict(seen[0]) if "--ema" in flags else {
+        name: sum(weights[name] for weights in seen[6:]) / 6 for name in seen[0]}
+    for t, weights in enumerate(seen[1:], 1) if "--ema" in flags else ():
+        d = min(0.8, (1 + t) / (10 + t))
+        assert d == decay_at(t, 0.8)
+        expected = {name: d * expected[name] + (1 - d) * value for name, value in weights.items()}
+    folder = result["folder"]
+    found, raw = load_file(folder / "averaged.safetensors"), load_file(folder / "last.safetensors")
+    assert all(torch.allclose(found[name].double(), value, atol=1e-6) for name, value in expected.items())
+    assert not torch.equal(found["head.weight"], raw["head.weight"])
+    assert result["averaged"].images == 12 and result["averaged"].loss != result["last"].loss
+    assert values(folder, "average/val_loss").keys() == ({4, 8, 12} if "--ema" in flags else {8, 12})
+    assert values(folder, "average/test_loss") == {12: result["averaged"].loss}
+    assert read_metadata(folder / "averaged.safetensors")["accuracy"]["test"] == result["averaged"].accuracy
+    trained = open_trained(str(folder), torch.device("cpu"), weights="averaged")
+    assert all(torch.equal(value, found[name]) for name, value in trained.model.state_dict().items())
+
+
+def test_averaging_changes_nothing_of_the_run_itself(start):
+    plain, averaged = start(name="plain"), start("--ema", 0.9, name="averaged")
+    one, other = (load_file(run["folder"] / "last.safetensors") for run in (plain, averaged))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert plain["last"] == averaged["last"] and "averaged" not in plain
+
+
+def test_lora_s_product_is_averaged_and_not_its_factors(start):
+    folder = start("--ema", 0.9, "--train", "lora:2")["folder"]
+    averaged, last = load_file(folder / "averaged.safetensors"), load_file(folder / "last.safetensors")
+    assert averaged.keys() == last.keys() and not any(".A" in name for name in averaged)
+    moved = averaged["blocks.0.attn.qkv.weight"] - last["blocks.0.attn.qkv.weight"]
+    assert moved.abs().max() > 0 and torch.equal(averaged["blocks.0.mlp.fc1.weight"], last["blocks.0.mlp.fc1.weight"])
+
+
+def test_there_are_no_averaged_weights_where_none_were_asked_for(start):
+    with pytest.raises(ValueError, match="was trained without --ema or --swa"):
+        open_trained(str(start()["folder"]), torch.device("cpu"), weights="averaged")
+
+
+def test_a_run_stops_when_so_many_evaluations_brought_nothing_better(start, capsys):
+    result = start("--eval_every", 1, "--num_steps", 40, "--early_stopping", 3, "--learning_rate", 0)
+    assert "Stopped early: 3 evaluations in a row brought no new best." in capsys.readouterr().out
+    accuracies = values(result["folder"], "test/accuracy")
+    assert sorted(accuracies) == [1, 2, 3, 4] and len(set(accuracies.values())) == 1  # nothing moves
+    assert len(values(result["folder"], "train/loss")) == 4 and result["last"].images == 12
+    again = train.main(["--resume", str(result["folder"])])
+    assert again["last"] == result["last"]
+    assert "finished already: more --num_steps or --early_stopping would go on" in capsys.readouterr().out
+    train.main(["--resume", str(result["folder"]), "--early_stopping", "6", "--no_report"])
+    assert sorted(values(result["folder"], "test/accuracy")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_patience_counts_evaluations_since_the_best(tiny_model):
+    class Nowhere:
+        def log(self, step, **values):
+            pass
+    now = State(tiny_model, None, None)
+    counts = []
+    for step, accuracy in enumerate([0.1, 0.3, 0.3, 0.2, 0.4, 0.4], 1):
+        now.step = step
+        remember(now, Nowhere(), "test", Metrics(accuracy, 1.0, 10, 0.0, None), "accuracy")
+        counts.append(now.best["since"])
+    assert counts == [0, 0, 1, 2, 0, 1]
+    assert over(now, 1) and not over(now, 2) and not over(now, 0)
+
+
+def test_a_summary_needs_no_data_and_no_weights_and_starts_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--summary"]) == {}
+    said = capsys.readouterr().out
+    assert "[1, 196, 768]" in said and "[1, 197, 768]" in said and "85,806,346" in said
+    assert list(tmp_path.iterdir()) == []
