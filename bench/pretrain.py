@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, required=True, help="folder of cifar10/ and tiny32/")
     p.add_argument("--pilot", action="store_true", help="cut down for a CPU")
     p.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="jobs whose names begin so")
-    p.add_argument("--minutes", type=float, default=1e6, help="stop then; the next call goes on")
+    p.add_argument("--minutes", type=float, default=10_000, help="stop then; the next call goes on")
     p.add_argument("--work", type=Path, help="where the runs go (default: output/pretrain, or output/pilot)")
     p.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
     p.add_argument("--list", action="store_true", help="show the commands, and stop")
