@@ -122,6 +122,9 @@ def run(job: Job, args, left: float) -> tuple[int, str, float]:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate()
+    except BaseException:
+        process.terminate()  # nobody else would end it
+        raise
     return process.returncode, said, time.monotonic() - began
 
 
