@@ -143,3 +143,16 @@ def test_a_summary_needs_no_data_and_no_weights_and_starts_nothing(capsys, tmp_p
     said = capsys.readouterr().out
     assert "[1, 196, 768]" in said and "[1, 197, 768]" in said and "85,806,346" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_from_before_there_was_patience_is_gone_on_with(start):
+    folder = start()["folder"]
+    content = torch.load(folder / "state.pt", weights_only=True)
+    for name in ("since", "sums"):
+        content["best"].pop(name, None), content["progress"].pop(name, None)
+    for name in ("num_epochs", "ema", "swa", "early_stopping", "drop_path", "recipe"):
+        content["about"]["settings"].pop(name)
+    torch.save(content, folder / "state.pt")
+    assert train.main(["--resume", str(folder), "--no_report"])["last"].images == 12
+    result = train.main(["--resume", str(folder), "--num_steps", "16", "--no_report"])
+    assert sorted(values(result["folder"], "test/loss")) == [4, 8, 12, 16]
