@@ -1,14 +1,11 @@
 """Datasets and folders -> splits. All images are written here; nothing is downloaded."""
 
 import logging
-import pickle
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import datasets
 
 from utils import data
 
@@ -98,8 +95,8 @@ def test_a_folder_that_cannot_be_meant_is_explained(tmp_path, counts, message):
 def test_what_is_neither_a_named_set_nor_a_folder_is_said_with_the_nearest_name(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         data.load("cifar-10")
-    assert str(error.value) == ("cifar-10 is neither a named set (cifar10, cifar100, digits) nor a folder "
-                                "that exists. Did you mean cifar10?")
+    assert str(error.value) == ("cifar-10 is neither a named set (cifar10, cifar100, digits, pets, flowers, "
+                                "imagenet) nor a folder that exists. Did you mean cifar10?")
     with pytest.raises(FileNotFoundError, match=r"nor a folder that exists\.$"):
         data.load(str(tmp_path / "absent"))
     (tmp_path / "file").touch()
@@ -245,45 +242,6 @@ def test_digits_are_scaled_to_bytes_and_their_test_part_does_not_depend_on_the_s
     assert torch.equal(digits.test.images, other.test.images) and len(digits.test) == 359
     assert len(other.train) + len(other.val) == 1438
     assert digits.test.labels.bincount().min() == 35
-
-
-def unpacked_cifar(root, cifar, label_key, names):
-    """CIFAR's pickles with two images each; the values of image i of file f are 10 f + i."""
-    folder = root / cifar.base_folder
-    folder.mkdir(parents=True)
-    for f, (name, _) in enumerate(cifar.train_list + cifar.test_list):
-        pixels = np.full((2, 3072), 10 * f, np.uint8) + np.array([[0], [1]], np.uint8)
-        pixels[:, 1:3] = 201, 202  # the second and third pixel of red
-        with open(folder / name, "wb") as file:
-            pickle.dump({"data": pixels, label_key: [0, 1]}, file)
-    with open(folder / cifar.meta["filename"], "wb") as file:
-        pickle.dump({cifar.meta["key"]: names}, file)
-
-
-@pytest.mark.parametrize("name, cifar, key, batches", [
-    ("cifar10", datasets.CIFAR10, "labels", 5), ("cifar100", datasets.CIFAR100, "fine_labels", 1)])
-def test_unpacked_cifar_is_read_without_a_network(tmp_path, monkeypatch, name, cifar, key, batches):
-    unpacked_cifar(tmp_path, cifar, key, ["frog", "ship"])
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", None)
-    loaded = data.load(name, data_dir=str(tmp_path))
-    assert loaded.train.images.shape == (2 * batches, 3, 32, 32) and loaded.train.classes == ("frog", "ship")
-    assert loaded.train.labels.tolist() == [0, 1] * batches and loaded.train.images.dtype == torch.uint8
-    assert loaded.test.images[:, 1, 4, 5].tolist() == [10 * batches, 10 * batches + 1]
-    assert loaded.test.images[0, 0, 0, :3].tolist() == [10 * batches, 201, 202]
-    assert (loaded.val, loaded.test_name, loaded.view) == (None, "test", data.View())
-
-
-def test_a_failed_download_says_what_was_tried_and_where_to_put_the_files(tmp_path, monkeypatch):
-    def refused(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refused)
-    with pytest.raises(OSError) as error:
-        data.load("cifar10", data_dir=str(tmp_path))
-    assert str(error.value) == (
-        f"CIFAR10 is not in {tmp_path}; downloading {datasets.CIFAR10.url} failed (<urlopen error no "
-        "route to host>). Put cifar-10-python.tar.gz or the folder cifar-10-batches-py there by hand.")
 
 
 def test_a_row_of_the_table_is_all_that_a_named_set_needs(monkeypatch, tmp_path):

@@ -79,8 +79,9 @@ class History:
 
     @property
     def ended_as_planned(self) -> bool:
-        """Whether it came to its last step, and was scored there."""
-        return "best/test_accuracy" in self.series and self.step >= self.settings.get("num_steps", 0)
+        """Whether it came to its last step, or stopped early as it was told to, and was scored there."""
+        return "best/test_accuracy" in self.series and (
+            self.step >= self.settings.get("num_steps", 0) or bool(self.settings.get("early_stopping")))
 
     @property
     def score(self) -> tuple[str, float, str] | None:

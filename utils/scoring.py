@@ -111,7 +111,8 @@ def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, tes
            world: World, interrupt: Interrupt) -> dict:
     """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
     if now.finished:
-        log.info("finished already: more --num_steps%s would go on", " or --early_stopping" * bool(now.best.get("since")))
+        patient = " or --early_stopping" * bool(now.best.get("since"))
+        log.info("finished already: more --num_steps%s would go on", patient)
     else:
         try:
             score(now, run, selection, test, said, world, interrupt)

@@ -79,7 +79,8 @@ class Settings:
     """What decides a run. Whoever reads a field finds its meaning and default here."""
 
     dataset: str = flag(
-        "cifar10", "data", "cifar10, cifar100, digits, or a folder with train/CLASS/* and test/ or val/")
+        "cifar10", "data", "cifar10, cifar100, pets, flowers, imagenet, digits, or a folder with train/CLASS/* and "
+        "test/ or val/")
     labels: str | None = flag(None, "data", "CSV of image,label[,split] or a column a class, for images in --dataset "
                               "(default: folders are classes)", type=str, metavar="FILE.csv")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
