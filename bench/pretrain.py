@@ -90,8 +90,8 @@ def probes() -> list[Job]:
     for start, after in {"checkpoint/ViT-demo.npz": "", **{f"{name}.npz": name for name in UPSTREAMS}}.items():
         stem = Path(start).stem
         flags = f"--dataset cifar10 --model_type ViT-demo --pretrained_dir {start} --img_size 32"
-        found += [Job(f"linear-{stem}", f"linear probe (--train head, 500 steps of 128) of {stem}", f"{flags} --train "
-                      "head --num_steps 500 --warmup_steps 50 --train_batch_size 128 --eval_every 500 --seed 0", after)]
+        found += [Job(f"linear-{stem}", f"linear probe (--train head, 200 steps of 128) of {stem}", f"{flags} --train "
+                      "head --num_steps 200 --warmup_steps 20 --train_batch_size 128 --eval_every 200 --seed 0", after)]
         found += [Job(f"shots-{stem}-{K}", f"{K}-shot of {stem}", f"{flags} --few_shot {K}", after) for K in SHOTS]
     return found
 
