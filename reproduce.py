@@ -182,8 +182,8 @@ def names(text: str) -> list[str]:
 
 def parser() -> Parser:
     p = Parser(prog="reproduce.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    p.add_argument("--table", choices=list(PROTOCOLS), help="; ".join(f"{name}: {found.about}" for name, found in
-                                                                      PROTOCOLS.items()))
+    p.add_argument("--table", choices=list(PROTOCOLS), help="; ".join(
+        f"{name}: {found.about}" for name, found in PROTOCOLS.items()).replace("%", "%%"))
     p.add_argument("--check", metavar="RUN", type=Path, help="the folder of a finished run: is its number right?")
     p.add_argument("--models", type=names, default=[], metavar="A,B", help="only these (default: the protocol's)")
     p.add_argument("--datasets", type=names, default=[], metavar="A,B",

@@ -13,13 +13,14 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils import curves, data, distributed, opening, preflight, probe, report, summary
-from utils.averaging import Average
-from utils.batches import EvalBatches, TrainBatches, memory, resident
+from utils.averaging import make_average
+from utils.batches import EvalBatches, TrainBatches
 from utils.commands import start_log
 from utils.device import Computing, choose_compile, choose_device, choose_precision, compile_blocks, make_deterministic
-from utils.diagnosis import Diagnosis
+from utils.diagnosis import diagnose
 from utils.distributed import ALONE, World
 from utils.evaluation import Outputs
+from utils.feeds import make_batches
 from utils.fitting import begin
 from utils.interrupt import EXIT, Interrupt, Interrupted
 from utils.losses import make_criterion
@@ -29,7 +30,7 @@ from utils.pictures import shown
 from utils.progress import Progress
 from utils.resources import out_of_memory
 from utils.runs import Run, full
-from utils.scoring import evaluate, finish, over, stop
+from utils.scoring import confirm, evaluate, finish, over, stop
 from utils.settings import Settings, given
 from utils.state import State
 from utils.step import make_scaler, rehearse, train_step
@@ -39,28 +40,9 @@ log = logging.getLogger("train")
 SHOWN = 25  # images of the first batch, in TensorBoard
 
 
-def make_batches(settings: Settings, dataset: data.Data, model, device, world: World):
-    """(training, selection, test): `best` is chosen on the second, which is the test where nothing is held out."""
-    workers = settings.num_workers
-    if workers < 0:
-        workers = min((os.cpu_count() or 1) // world.local_size or 1, 8)
-    look = dict(size=model.img_size, mean=model.config.mean, std=model.config.std, device=device, workers=workers)
-    area = dataset.view.min_area if settings.min_area is None else settings.min_area
-    view = data.View(area, dataset.view.flip and not settings.no_flip, settings.pad_crop, settings.randaugment,
-                     settings.magnitude, settings.mixup, settings.cutmix)
-    kept = partial(resident, size=model.img_size, device=device, budget=memory() // 6 // world.local_size)
-    train = TrainBatches(kept(dataset.train), batch_size=settings.train_batch_size,
-                         seed=settings.seed, training_view=view, rank=world.rank, processes=world.size, **look)
-    look |= dict(batch_size=settings.eval_batch_size, keep=True)
-    test = EvalBatches(kept(dataset.test), name="test", **look)
-    if dataset.val is None:
-        return train, test, test
-    return train, EvalBatches(kept(dataset.val), name="val", **look), test
-
-
 def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
-    """One run, new or continued, from the flags given by hand to its folder; returns {"folder", "last", "best"}, the
-    last two as test `Metrics`, or {} after a dry run."""
+    """One run, new or continued, from the flags given by hand to its folder; returns {"folder", "last", "best"}, with
+    "averaged" where that was asked for, all but the first as test `Metrics`; {} where nothing was trained."""
     if flags.get("summary"):
         log.info("%s", summary.describe(opening.bare_model(flags)))
         return {}
@@ -80,7 +62,11 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
     if settings.few_shot and not settings.dry_run:
-        return probe_features(settings, dataset, model.to(device), origin, world)
+        if world.size > 1 or settings.resume:
+            raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
+                             "--resume.")
+        log.info("%s", probe.said(model.to(device), dataset, settings.few_shot, settings.eval_batch_size, bool(origin)))
+        return {}
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size
     compiled, = world.any(choose_compile(settings.compile, model, device, images))  # each measures its own GPU
@@ -106,12 +92,8 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     about = opened.about(dataset, model, origin, batches.training_view, computing, fitting.parts)
     with Run(opened.folder, about, opened.command or command, metrics=opened.metrics, step=opened.step,
              writes=world.rank == 0) as run:
-        largest = dataset.train.labels.bincount().max() / len(dataset.train) if not dataset.train.multi_label else 0
-        diagnosis = Diagnosis(len(dataset.train.classes), settings.warmup_steps, settings.num_steps,
-                              settings.train_batch_size, multi_label=dataset.train.multi_label,
-                              workers=batches.workers, largest_class_share=float(largest))
         progress = Progress(run, settings.num_steps, settings.train_batch_size, scaled=now.scaler.is_enabled(),
-                            start=opened.step, diagnosis=diagnosis)
+                            start=opened.step, diagnosis=diagnose(settings, dataset.train, batches.workers))
         opened.resume(run, now, progress)
         with Interrupt() as interrupt:
             said = fit(settings, now, run, progress, batches, selection, precision, criterion, world, interrupt)
@@ -119,28 +101,6 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     if run.writes and not settings.no_report:
         add_report(run.folder)
     return found
-
-
-def make_average(model, settings: Settings) -> Average | None:
-    if not (settings.ema or settings.swa):
-        return None
-    return Average(model, ema=settings.ema, swa_from=None if settings.ema else
-                   min(settings.num_steps - round(settings.swa * settings.num_steps), settings.num_steps - 1))
-
-
-def probe_features(settings: Settings, dataset: data.Data, model, origin: dict, world: World) -> dict:
-    """Instead of a run: what a linear layer on the frozen features can do, which takes seconds."""
-    def batches(split):
-        return EvalBatches(split, size=model.img_size, mean=model.config.mean, std=model.config.std,
-                           device=model.pos_embed.device, batch_size=settings.eval_batch_size)
-    if world.size > 1 or settings.resume:
-        raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
-                         "--resume.")
-    if not origin:
-        log.warning("The weights are random, and so are the features that are scored: --pretrained_dir says whose.")
-    log.info("%s\n%s", probe.few_shot(model, dataset.train, dataset.test, batches, shots=(settings.few_shot,)),
-             probe.DEFINITION)
-    return {}
 
 
 def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: TrainBatches, selection: EvalBatches,
@@ -152,16 +112,19 @@ def fit(settings: Settings, now: State, run: Run, progress: Progress, batches: T
     example = torch.zeros(1, now.model.config.in_chans, *now.model.img_size, device=batches.device)
     network = world.parallel(now.model, example)
     stream = batches.stream(range(now.step, settings.num_steps))
-    epoch = settings.num_epochs and settings.num_steps / settings.num_epochs  # in updates
+    size = len(batches.split)  # of an epoch
     while True:
         at_end = now.step == settings.num_steps or over(now, settings.early_stopping)
-        due = now.step and (at_end or now.step % settings.eval_every == 0) and now.last.get("step") != now.step
+        due = now.step and (at_end or settings.evaluates(now.step, size)) and now.last.get("step") != now.step
         if due:
             with progress.paused(), suppress(Interrupted):
+                epoch = now.step * settings.train_batch_size / size if settings.num_epochs else 0
                 said = evaluate(now, run, progress, selection, torch.float32 if at_end else precision, metric, epoch,
                                 world, interrupt)
                 if not at_end and over(now, settings.early_stopping):
-                    at_end, said = True, None  # the end is scored in float32
+                    at_end = True
+                    if precision != torch.float32:
+                        said = confirm(now, run, selection, metric, world, interrupt)
                     log.info("Stopped early: %d evaluations in a row brought no new best.", settings.early_stopping)
         asked = [interrupt.signal == number for number in EXIT]
         *asked, save, cut = world.any(*asked, run.save_is_due(now.step, settings.save_every), now.fitting.changed)

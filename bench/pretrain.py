@@ -147,7 +147,8 @@ def without_classes(data: Path, folder: Path) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
         for source in sorted((data / part).iterdir()):
             link = folder / part / source.name
-            if source.name not in out and not link.exists():
+            if source.name not in out:
+                link.unlink(missing_ok=True)  # it may lead to where the data was
                 link.symlink_to(source.resolve())
 
 
@@ -183,7 +184,10 @@ def main() -> None:
         without_classes(args.data / "tiny32", args.work / "tiny32-far")
     for job in todo:
         record = args.work / f"{job.name}.json"
-        if record.exists() or (job.after and not (args.work / f"{job.after}.npz").exists()):
+        if record.exists():
+            continue
+        if job.after and not (args.work / f"{job.after}.npz").exists():
+            print(f"{job.name}: waits for {job.after}", flush=True)
             continue
         if (left := end - time.monotonic()) < 30:
             break
@@ -191,15 +195,15 @@ def main() -> None:
         code, said, seconds = run(job, args, left)
         total = seconds + (float(spent.read_text()) if spent.exists() else 0.0)
         spent.write_text(str(total))
-        if code == 128 + signal.SIGTERM:
+        if code in (128 + signal.SIGTERM, -signal.SIGTERM):  # the second, before it could note a signal
             break
         if code:
             print(f"{job.name}: exit code {code}\n{said[-2000:]}", flush=True)
             continue
+        if job.name in UPSTREAMS:
+            export(job, args)  # before the record: what is recorded is never done again
         record.write_text(json.dumps({**job._asdict(), "command": f"python train.py {job.flags}",
                                       **outcome(job, args, said), "minutes": round(total / 60, 2)}))
-        if job.name in UPSTREAMS:
-            export(job, args)
         print(f"{job.name}: {record.read_text()}", flush=True)
     write(args)
 

@@ -261,6 +261,8 @@ def save_npz(model: VisionTransformer, path, *, dtype=None) -> None:
         if model.config[field] != google[field]:
             raise ValueError(f"An .npz cannot carry {field} = {model.config[field]}: Google's files mean "
                              f"{google[field]}. Save this model as .safetensors.")
+    if model.config.pos_embed != "learned":
+        log.info("An .npz has no word for fixed positions: what is loaded from it computes the same, and trains them.")
     arrays = {key: np.ascontiguousarray(array, dtype=dtype or array.dtype)
               for key, array in google_arrays(model).items()}
     if model.grid[0] != model.grid[1]:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from models.configs import CONFIGS
+from models import exchange
+from models.configs import CONFIGS, replace
+from models.modeling import VisionTransformer
 from utils.opening import bare_model, choose_model, resized
 from utils.settings import parse
 
@@ -33,6 +35,13 @@ def test_small_patches_are_for_small_images(name, size):
     assert scratch("--model_type", name)[1] == (size, size)
 
 
+def test_a_small_model_stays_for_small_images_whatever_its_patches(tmp_path, monkeypatch):
+    assert scratch("--model_type", "ViT-CIFAR", "--patch_size", 8)[1] == (32, 32)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nobody has published weights of ViT-CIFAR: train it from scratch"):
+        choose_model(parse(["--model_type", "ViT-CIFAR"]))
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="5 heads cannot share a width of 768"):
         resized(CONFIGS["ViT-B_16"], parse(["--num_heads", "5"]))
@@ -46,6 +55,11 @@ def test_a_checkpoint_decides_its_sizes(tmp_path, tiny_model):
         choose_model(parse([*flags, "--num_layers", "3", "--pos_embed", "none"]))
     config, size, _ = choose_model(parse([*flags, "--patch_proj", "linear"]))
     assert (config.patch_proj, config.num_layers, size) == ("linear", 2, (16, 16))
+    deep = VisionTransformer(replace(tiny_model.config, drop_path_rate=0.4), 16, 5)
+    exchange.save(deep, tmp_path / "a.safetensors", {})
+    flags = ["--pretrained_dir", str(tmp_path / "a.safetensors")]
+    assert choose_model(parse(flags))[0].drop_path_rate == 0.0  # of how the weights were made
+    assert choose_model(parse([*flags, "--drop_path", "0.2"]))[0].drop_path_rate == 0.2
 
 
 @pytest.mark.parametrize("flags, parameters", [
@@ -65,3 +79,13 @@ def test_a_model_to_look_at_is_that_of_a_checkpoint_where_there_is_one(tmp_path,
     model = bare_model({"pretrained_dir": str(tmp_path / "tiny.npz"), "dataset": "photos", "train": "last:1"})
     assert (model.num_classes, model.config.hidden_size, model.img_size) == (5, 32, (16, 16))
     assert sum(p.requires_grad for p in model.parameters()) == 12 + 2 + 2  # a block, the norm and the head
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--resume", "output/run"], "leave --resume out"),
+    (["--hidden_size", "48"], "--hidden_size: a checkpoint decides"),
+    (["--pretrained_dir", "typo.safetensors"], "typo.safetensors")])
+def test_a_summary_shows_no_model_that_would_not_be_trained(flags, words):
+    from utils.settings import given
+    with pytest.raises((ValueError, OSError), match=words):
+        bare_model(given(flags))

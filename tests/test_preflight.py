@@ -253,6 +253,33 @@ def test_the_summary_tells_the_run_in_a_few_aligned_lines(tiny_model, said):
     assert len(said.messages) == 7 and {line[8] for line in said.messages} == {" "}
 
 
+def test_whoever_starts_from_nothing_on_few_images_is_told_what_to_expect(tiny_model, said, monkeypatch):
+    monkeypatch.setattr(preflight, "training_seconds", lambda model, images, computing: 9 * images)
+    summarise(tiny_model)
+    assert "expect" not in said.text and "hours" not in said.text
+    summarise(tiny_model, origin={}, learning_rate=0.03)
+    assert "expect   from random weights on 10 images, far less than from pretrained ones." in said.text
+    assert "roughly 2.0 hours of training here" in said.text  # 100 steps of 8 images of 9 seconds
+
+
+def test_what_goes_beyond_the_papers_recipe_is_said(tiny_config, said):
+    model = VisionTransformer(configs.replace(tiny_config, drop_path_rate=0.2, pos_embed="sincos2d"), 16, 2)
+    summarise(model, mixup=0.8, randaugment=2, pad_crop=4, ema=0.99, early_stopping=3, label_smoothing=0.1)
+    assert ("extras   crops out of 4 px around, mixup 0.8, RandAugment 2 of magnitude 9, label smoothing 0.1, EMA 0.99, "
+            "stops after 3 evaluations without a new best, stochastic depth 0.2, positions sincos2d") in said.text
+    said.clear()
+    summarise(VisionTransformer(tiny_config, 16, 2))
+    assert "extras" not in said.text
+
+
+def test_averaged_weights_are_in_the_estimates(tiny_model):
+    plain, ema = Settings(num_steps=1), Settings(num_steps=1, ema=0.9)
+    weights = 4 * sum(p.numel() for p in tiny_model.parameters())
+    needs = [resources.memory(tiny_model, s, torch.float32, CPU, 1, 1).total for s in (plain, ema)]
+    assert needs[1] - needs[0] == weights
+    assert resources.disk(tiny_model, ema) - resources.disk(tiny_model, plain) == 4 * weights  # three states, one file
+
+
 @pytest.mark.parametrize("parts, settled, words", [
     (1, True, "8 at once (auto); 100"), (2, True, "8 in 2 micro-batches of 4 (auto); 100"),
     (2, False, "8 in as few parts as fit (auto); 100")])

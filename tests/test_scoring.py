@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,8 @@ def values(folder, name):
 def test_an_epoch_is_said_with_the_means_of_its_training_batches(start, capsys):
     folder = start("--num_epochs", 3)["folder"]  # of 36 images, 12 an update
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split("  ")[:2] for line in said] == [[f"step {3 * e}/9", f"epoch {e}"] for e in (1, 2, 3)]
+    assert [line.split("  ")[:2] for line in said] == [
+        [f"step {3 * e}/9", f"epoch {e:.2f}"] for e in (1, 2, 3)]
     loss, accuracy = values(folder, "train/loss"), values(folder, "train/accuracy")
     for e, line in enumerate(said):
         mean = [sum(column[3 * e + k] for k in (1, 2, 3)) / 3 for column in (accuracy, loss)]
@@ -61,6 +65,19 @@ def test_more_epochs_go_on_and_fewer_are_refused(start, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(folder), "--num_epochs", "1"])
     assert "--num_epochs 4.0 -> 1.0" in capsys.readouterr().err
+
+
+def test_a_run_of_updates_goes_on_by_epochs_only_if_it_grows(start, capsys):
+    folder = start("--num_steps", 9)["folder"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for flags, words in ((["--num_epochs", "2"], "--num_epochs 2 are 6 updates, and"),
+                         (["--num_epochs", "4", "--num_steps", "20"], "both say how long")):
+        with pytest.raises(SystemExit):
+            train.main(["--resume", str(folder), *flags])
+        assert words in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    train.main(["--resume", str(folder), "--num_epochs", "4", "--no_report"])
+    assert len(values(folder, "train/loss")) == 12
 
 
 @pytest.mark.parametrize("flags", [["--ema", 0.8], ["--swa", 0.5]])
@@ -97,17 +114,71 @@ def test_averaging_changes_nothing_of_the_run_itself(start):
     assert plain["last"] == averaged["last"] and "averaged" not in plain
 
 
-def test_lora_s_product_is_averaged_and_not_its_factors(start):
+def test_lora_s_product_is_averaged_and_not_its_factors(start, monkeypatch):
+    merged, real = [], Average.update
+
+    def update(self, model, step):
+        merged.append(model.blocks[0].attn.qkv.weight.detach().double().clone())
+        return real(self, model, step)
+    monkeypatch.setattr(Average, "update", update)
     folder = start("--ema", 0.9, "--train", "lora:2")["folder"]
     averaged, last = load_file(folder / "averaged.safetensors"), load_file(folder / "last.safetensors")
     assert averaged.keys() == last.keys() and not any(".A" in name for name in averaged)
-    moved = averaged["blocks.0.attn.qkv.weight"] - last["blocks.0.attn.qkv.weight"]
-    assert moved.abs().max() > 0 and torch.equal(averaged["blocks.0.mlp.fc1.weight"], last["blocks.0.mlp.fc1.weight"])
+    expected = merged[0]
+    for t, weight in enumerate(merged[1:], 1):
+        expected = decay_at(t, 0.9) * expected + (1 - decay_at(t, 0.9)) * weight
+    assert torch.allclose(averaged["blocks.0.attn.qkv.weight"].double(), expected, atol=1e-7)
+    assert torch.equal(averaged["blocks.0.mlp.fc1.weight"], last["blocks.0.mlp.fc1.weight"])
 
 
 def test_there_are_no_averaged_weights_where_none_were_asked_for(start):
     with pytest.raises(ValueError, match="was trained without --ema or --swa"):
         open_trained(str(start()["folder"]), torch.device("cpu"), weights="averaged")
+
+
+def test_the_end_of_a_run_that_stops_early_is_scored_in_float32(start, tmp_path, capsys):
+    folder = start("--eval_every", 2, "--num_steps", 40, "--early_stopping", 1, "--precision", "bf16",
+                   "--learning_rate", 0.003, "--metric", "accuracy")["folder"]
+    step = max(values(folder, "train/loss"))
+    trained = open_trained(str(folder), torch.device("cpu"), weights="last")
+    rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+    with torch.no_grad():
+        logits = trained.model(trained.images([row["image"] for row in rows]))
+    labels = torch.tensor([trained.classes.index(row["label"]) for row in rows])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert step < 40 and values(folder, "test/loss")[step] == pytest.approx(loss, abs=2e-6)  # bfloat16 is 1e-3 off
+
+
+def test_a_run_that_stopped_early_goes_on_with_new_patience(start, capsys):
+    result = start("--eval_every", 1, "--num_steps", 20, "--early_stopping", 2, "--learning_rate", 0, "--ema", 0.9)
+    folder = result["folder"]
+    assert max(values(folder, "train/loss")) == 3
+    train.main(["--resume", str(folder), "--num_steps", "30", "--no_report"])
+    assert max(values(folder, "train/loss")) == 5 and (folder / "averaged.safetensors").exists()
+
+
+def test_averages_have_the_metric_that_best_is_chosen_by(start):
+    folder = start("--ema", 0.9, "--metric", "macro_f1")["folder"]
+    assert values(folder, "average/test_macro_f1").keys() == values(folder, "test/macro_f1").keys() == {4, 8, 12}
+
+
+def test_what_an_interrupted_epoch_says_is_what_an_unbroken_one_says(start, capsys, monkeypatch):
+    def lines(text):
+        return [line.split("images/s")[0].rsplit("  ", 1)[0] for line in text.splitlines() if line.startswith("step ")]
+    start("--num_epochs", 2, name="whole")
+    whole, real = lines(capsys.readouterr().out), train.train_step
+
+    def stop(*args, **kwargs):
+        if kwargs["dropout_seed"][1] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", stop)
+        start("--num_epochs", 2, name="cut")
+    out = capsys.readouterr().out
+    folder = Path(out.split("--resume ")[1].split()[0])
+    train.main(["--resume", str(folder), "--no_report"])
+    assert lines(out) + lines(capsys.readouterr().out) == whole and len(whole) == 2
 
 
 def test_a_run_stops_when_so_many_evaluations_brought_nothing_better(start, capsys):

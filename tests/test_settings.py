@@ -75,7 +75,10 @@ def test_recipes_fill_what_they_say_and_what_is_given_by_hand_wins():
             adam.pretrained_dir) == ("adam", 1e-3, "cosine", 128, 10, (224, 224), None)
     by_hand = parse(["--recipe", "scratch", "--mixup", "0", "--num_steps", "77", "--train_batch_size", "32"])
     assert (by_hand.mixup, by_hand.num_steps, by_hand.num_epochs, by_hand.learning_rate) == (0, 77, 0, 2.5e-4)
+    assert by_hand.warmup_steps == 4  # a twentieth
     assert parse(["--recipe", "scratch", "--min_area", "0.2"]).pad_crop == 0
+    sgd = parse(["--recipe", "scratch", "--optimizer", "sgd"])
+    assert (sgd.learning_rate, sgd.weight_decay) == (3e-2, 0.0)
 
 
 def test_the_learners_command_trains_from_scratch_by_the_recipe_for_it():
@@ -93,15 +96,21 @@ def test_the_learners_command_trains_from_scratch_by_the_recipe_for_it():
 def test_epochs_become_updates_when_the_number_of_images_is_known():
     settings = parse(["--num_epochs", "10", "--train_batch_size", "32"])
     steps = settings.in_steps(50_000)
-    assert (steps.num_steps, steps.warmup_steps, steps.eval_every) == (15_620, 781, 1_562)  # 50,000 / 32 = 1562.5
+    assert (steps.num_steps, steps.warmup_steps, steps.eval_every) == (15_625, 781, 0)  # 50,000 / 32 = 1562.5
+    due = [step for step in range(1, 15_626) if steps.evaluates(step, 50_000)]
+    assert due == [1_563, 3_125, 4_688, 6_250, 7_813, 9_375, 10_938, 12_500, 14_063, 15_625]
     assert parse(["--num_epochs", "0.5", "--train_batch_size", "100"]).in_steps(1000).num_steps == 5
     assert parse(["--num_epochs", "2", "--eval_every", "7", "--train_batch_size", "9"]).in_steps(90).eval_every == 7
     warm = parse(["--num_epochs", "2", "--warmup_steps", "3", "--train_batch_size", "9"]).in_steps(90)
     assert (warm.num_steps, warm.warmup_steps) == (20, 3)
     warm = parse(["--num_steps", "5", "--warmup_epochs", "0.2", "--train_batch_size", "9"]).in_steps(90)
     assert (warm.num_steps, warm.warmup_steps) == (5, 2)
+    assert parse(["--num_epochs", "4", "--train_batch_size", "128"]).in_steps(40).num_steps == 1
     plain = parse(["--num_steps", "5"])
+    assert [step for step in range(1, 301) if plain.evaluates(step, 90)] == [100, 200, 300]
     assert plain.in_steps(90) == plain
+    with pytest.raises(ValueError, match="--num_epochs is 0"):
+        parse(["--recipe", "scratch", "--num_epochs", "0"])
     for flags in (["--num_steps", "3", "--num_epochs", "1"], ["--warmup_steps", "3", "--warmup_epochs", "1"]):
         with pytest.raises(ValueError, match=f"{flags[0]} and {flags[2]} both say how long"):
             parse(flags)
@@ -132,6 +141,7 @@ def test_a_wrong_value_is_one_line(capsys, argv, words):
      "--momentum_dtype bfloat16 is for sgd's momentum; --optimizer is adam."),
     (dict(in_chans=0), "--in_chans is 0; it must be at least 1"), (dict(eval_every=-1), "--eval_every is -1"),
     (dict(magnitude=31), "--magnitude is 31; it must be 0 to 30"), (dict(ema=1.0), "--ema is 1.0"),
+    (dict(num_epochs=float("inf")), "--num_epochs is inf; it must lie between 0 and 1000000"),
     (dict(ema=0.9, swa=0.5), "--ema and --swa are two averages of the same weights"),
     (dict(patch_size=0), "--patch_size is 0; it must be at least 1"),
     (dict(fp16=True, bf16=True), "bf16 and fp16. Choose one")])

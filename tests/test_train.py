@@ -21,7 +21,7 @@ from models.npz import load_npz, save_npz
 from tests.conftest import randomise
 from tests.layouts import LAYOUTS, arrays_of, bfloat16, big_vision, linen
 from tests.test_exchange import vit_pytorch_names
-from utils import data
+from utils import data, feeds
 from utils.images import decode_all
 from utils.trained import open_trained
 
@@ -308,7 +308,7 @@ def test_the_settings_that_decided_the_run_are_kept_with_it(start):
 def test_sets_too_large_for_memory_are_streamed_to_the_same_result(start, monkeypatch, capsys):
     """Dropout, crops and order on; files decoded by two worker processes."""
     first = start("--dropout", 0.1, name="a")
-    monkeypatch.setattr(train, "memory", lambda: 0)
+    monkeypatch.setattr(feeds, "memory", lambda: 0)
     second = start("--dropout", 0.1, "--num_workers", 2, name="b")
     assert "worker processes will decode them" in capsys.readouterr().out
     assert values(first, "train/loss") == values(second, "train/loss") and first["last"] == second["last"]

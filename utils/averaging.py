@@ -95,3 +95,11 @@ class Average:
         for name, value in weights.items():
             self.averaged[name].copy_(value)
         self.count = count
+
+
+def make_average(model: VisionTransformer, settings) -> Average | None:
+    """The average that a run's settings ask for."""
+    if not (settings.ema or settings.swa):
+        return None
+    last = max(round(settings.swa * settings.num_steps), 1)  # updates that the mean is over
+    return Average(model, ema=settings.ema, swa_from=None if settings.ema else settings.num_steps - last)

@@ -10,6 +10,8 @@ import math
 import os
 from collections import deque
 
+from utils.data import Split
+
 WINDOW = (50, 200)   # updates after the warm-up that are looked at together: half of the run, within these limits
 PER_CLASS = 25       # images of each class at least: 1000 classes in batches of 8 hardly move for 2000 updates
 BLOCKS = 10          # that make up a window, which moves by one of them
@@ -129,3 +131,10 @@ class Diagnosis:
     def load_state_dict(self, state: dict) -> None:
         self.said, self.start = list(state["said"]), state["start"]
         self.blocks, self.overflows = ([list(part) for part in state[name]] for name in ("blocks", "overflows"))
+
+
+def diagnose(settings, train: Split, workers: int) -> Diagnosis:
+    """Of a run on these images, which so many processes decode."""
+    largest = 0 if train.multi_label else train.labels.bincount().max() / len(train)
+    return Diagnosis(len(train.classes), settings.warmup_steps, settings.num_steps, settings.train_batch_size,
+                     multi_label=train.multi_label, workers=workers, largest_class_share=float(largest))

@@ -24,6 +24,8 @@ from utils.state import State
 
 log = logging.getLogger(__name__)
 
+UNPUBLISHED = ("ViT-demo", "ViT-CIFAR")  # ours, for 32 px
+
 # Settings which, changed on the way, change the numbers that follow; what is said of them.
 CHANGES = {"num_steps": ": the learning rate is planned anew from here, and this is no longer the run that it was",
            "gradient_accumulation_steps": ": equal up to rounding, with dropout other masks"}
@@ -42,8 +44,12 @@ class Opening:
     changed: dict | None = None  # settings that are others than before, {name: (before, now)}
 
     def in_steps(self, images: int) -> "Opening":
-        """The same with epochs as updates, for so many training images."""
+        """The same with epochs as updates, for so many training images. ValueError: fewer than were planned."""
         settings, changed = self.settings.in_steps(images), self.changed
+        before = self.content["about"]["settings"]["num_steps"] if self.content else 0
+        if settings.num_steps < before:
+            raise ValueError(f"--num_epochs {settings.num_epochs:g} are {settings.num_steps} updates, and "
+                             f"{self.folder} was planned for {before}: a run can only grow.")
         if self.content and settings.num_steps != self.settings.num_steps:
             changed = {**changed, "num_steps": (self.settings.num_steps, settings.num_steps)}
         return replace(self, settings=settings, changed=changed)
@@ -167,7 +173,9 @@ class Opening:
                      for total in self.changed["num_steps"]]
             log.info("         the learning rate goes on at %.3g, where it would have been %.3g", *reversed(rates))
             run.log(now.step, run_num_steps=self.settings.num_steps)
-            now.averaged = {}  # a mean that is to begin later than planned is begun anew
+            now.best["since"] = 0  # patience begins anew
+            if now.average and now.average.swa_from is not None and now.average.swa_from >= now.step:
+                now.averaged = {}  # the mean is to begin later now
         if {"num_steps", "early_stopping"} & set(self.changed):
             now.finished = {}
         if run.writes and not now.finished:
@@ -192,9 +200,14 @@ def best_by(settings: Settings, split: Split) -> str:
 def bare_model(given: dict) -> VisionTransformer:
     """The model that the flags ask for, with random weights, without memory (on PyTorch's meta device); nothing is
     fetched, and of the data only a named set's classes are known: others have as many as the checkpoint, or 1,000."""
+    if given.get("resume", "auto") != "auto":
+        raise ValueError("--summary shows the model that flags ask for: leave --resume out. `python convert.py "
+                         "output/NAME` tells what a run's model is.")
     settings = resolve(given)
-    here = settings.pretrained_dir is not None and Path(settings.pretrained_dir).exists()
-    if not here and settings.pretrained_dir != "none":  # a published file: its name is enough
+    _check_sizes(settings)
+    path = settings.pretrained_dir
+    if path != "none" and not (path and Path(path).exists()) and Path(path or "a.npz").suffix == ".npz":
+        # A published file: its name is enough.
         name = Path(settings.pretrained_dir or "ViT-B_16").name.removesuffix(".npz")
         settings = replace(settings, pretrained_dir="none",
                            model_type=name if settings.model_type == "auto" else settings.model_type)
@@ -218,19 +231,30 @@ def choose_model(settings: Settings) -> tuple[FrozenConfigDict, tuple[int, int],
     asked = None if settings.model_type == "auto" else configs.get_config(settings.model_type)
     if settings.pretrained_dir == "none":
         path, config = None, resized(asked or configs.get_config("ViT-B_16"), settings)
-        native = (32, 32) if max(config.patch_size) <= 4 and config.resnet is None else (224, 224)
+        small = (asked and asked.name in UNPUBLISHED) or (max(config.patch_size) <= 4 and config.resnet is None)
+        native = (32, 32) if small else (224, 224)
     else:
-        if sizes := [f"--{name}" for name in SIZES if getattr(settings, name) is not None]:
-            raise ValueError(f"{', '.join(sizes)}: a checkpoint decides that. Leave it out, or train from scratch "
-                             "(--pretrained_dir none).")
+        _check_sizes(settings)
         name = settings.pretrained_dir or f"checkpoint/{asked.name if asked else 'ViT-B_16'}.npz"
+        if asked and asked.name in UNPUBLISHED and not settings.pretrained_dir and not Path(name).exists():
+            raise ValueError(f"There is no {name}, and nobody has published weights of {asked.name}: train it from "
+                             "scratch (--recipe scratch, or --pretrained_dir none), or name a file of yours.")
         path = sources.fetch(weights_of(name))
         config, native = exchange.describe(path, asked, settings.img_size)
     config = with_channels(config, settings.in_chans or config.in_chans)
-    given = {"dropout_rate": settings.dropout, "drop_path_rate": settings.drop_path, "patch_proj": settings.patch_proj}
+    given = {"dropout_rate": settings.dropout, "patch_proj": settings.patch_proj,
+             "drop_path_rate": settings.drop_path or 0.0}  # never taken over from how the weights were made
     config = configs.replace(config, **{field: value for field, value in given.items() if value is not None})
     usual = native if max(native) <= 224 or native[0] != native[1] else (224, 224)
     return config, settings.img_size or usual, path
+
+
+def _check_sizes(settings: Settings) -> None:
+    """ValueError: sizes by hand for a model that begins with weights."""
+    sizes = [f"--{name}" for name in SIZES if getattr(settings, name) is not None]
+    if sizes and settings.pretrained_dir != "none":
+        raise ValueError(f"{', '.join(sizes)}: a checkpoint decides that. Leave it out, or train from scratch "
+                         "(--pretrained_dir none).")
 
 
 def resized(config: FrozenConfigDict, settings: Settings) -> FrozenConfigDict:

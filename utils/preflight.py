@@ -232,8 +232,8 @@ def summarise(settings, dataset: Data, model, origin: dict, computing: Computing
 def _time(s, model, computing: Computing) -> str:
     """How long the training will take, roughly."""
     minutes = training_seconds(model, s.num_steps * s.train_batch_size, computing) / 60
-    words = (f"{minutes / 60:.2g} hours" if minutes > 90 else f"{minutes:.0f} minutes" if minutes > 2 else
-             "a minute or two")
+    hours = f"{minutes / 60:,.0f} hours" if minutes > 600 else f"{minutes / 60:.1f} hours"
+    words = hours if minutes > 90 else f"{minutes:.0f} minutes" if minutes > 2 else "a minute or two"
     return f"roughly {words} of training here"
 
 
@@ -313,8 +313,9 @@ def dry_run(settings, dataset: Data, model, computing: Computing, folder: Path, 
         "Data": [(part, _portrait(split)) for part, split in _parts(dataset).items()],
         "Course": [("epochs", f"{s.num_steps / per_epoch:.3g}, of {per_epoch:.4g} steps each"),
                    ("learning rate", _rates(s)),
-                   ("evaluations", f"{-(-s.num_steps // s.eval_every):,}, every {s.eval_every:,} steps and at the end, "
-                                   f"on {'val' if dataset.val else 'test'}")],
+                   ("evaluations", (f"{-(-s.num_steps // s.eval_every):,}, every {s.eval_every:,} steps"
+                                    if s.eval_every else "after each epoch")
+                    + f" and at the end, on {'val' if dataset.val else 'test'}")],
         "Needs": [("time", _time(s, model, computing)),
                   ("memory", f"about {amount(needs.total)}: " + ", ".join(f"{name} {amount(size)}" for name, size in
                                                                          zip(needs._fields, needs) if size)),
@@ -352,7 +353,7 @@ def _settings(s, dataset: Data, model, computing: Computing, folder: Path, parts
               "dropout": config.dropout_rate, "drop_path": config.drop_path_rate, "patch_proj": config.patch_proj,
               "pos_embed": config.pos_embed, "patch_size": config.patch_size[0], "hidden_size": config.hidden_size,
               "num_layers": config.num_layers, "num_heads": config.num_heads, "mlp_dim": config.mlp_dim,
-              "min_area": view.min_area, "no_flip": s.no_flip or not view.flip,
+              "min_area": None if s.pad_crop else view.min_area, "no_flip": s.no_flip or not view.flip,
               "gradient_accumulation_steps": parts, **computing.in_words(),
               "metric": ("map" if dataset.train.multi_label else "accuracy") if s.metric == "auto" else s.metric}
     lines = []

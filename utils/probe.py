@@ -4,6 +4,7 @@ The paper (Dosovitskiy et al. 2021, section 4.1) gives the idea, Google's big_vi
 `common_fewshot.py`). Letters: N images, F features, C classes, K images a class.
 """
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from tqdm import tqdm
 
 from models.modeling import VisionTransformer
 from utils.batches import EvalBatches
-from utils.data import Split
+from utils.data import Data, Split
+
+log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)  # a draw each
@@ -72,6 +75,16 @@ def few_shot(model: VisionTransformer, train: Split, test: Split, batches: Calla
         places = [np.searchsorted(needed, drawn[seed][:, :K].flatten()) for seed in seeds]
         accuracies[K] = tuple(accuracy(*solve(x[at], y[at], classes), test_x, test_y) for at in places)
     return FewShot(accuracies, len(test_y))
+
+
+def said(model: VisionTransformer, dataset: Data, shots: int, batch_size: int, pretrained: bool) -> str:
+    """What the probe says of a data set's features, and what was computed; random weights are warned of."""
+    def batches(split: Split) -> EvalBatches:
+        return EvalBatches(split, size=model.img_size, mean=model.config.mean, std=model.config.std,
+                           device=model.pos_embed.device, batch_size=batch_size)
+    if not pretrained:
+        log.warning("The weights are random, and so are the features that are scored: --pretrained_dir says whose.")
+    return f"{few_shot(model, dataset.train, dataset.test, batches, shots=(shots,))}\n{DEFINITION}"
 
 
 def check(train: Split, shots: int) -> None:

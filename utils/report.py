@@ -361,8 +361,11 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: prints where the report is; exit code 2 for an error of one sentence."""
     def make(args) -> int:
         print(write(args.folders, args.output, args.overwrite))
-        if len(args.folders) == 1:
-            write_curves(Path(args.folders[0]))
+        if len(args.folders) == 1 and args.output is None:
+            try:
+                write_curves(Path(args.folders[0]))
+            except (ValueError, OSError) as error:
+                log.warning("No curves: %s", error)
         return 0
     run(make, parser().parse_args(sys.argv[1:] if argv is None else argv))
 

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> None:
     """An evaluation becomes the last one, and the best one where it is."""
-    shown = {"accuracy": found.accuracy, "loss": found.loss, metric: getattr(found, metric)}
-    shown = {name: math.nan if value is None else value for name, value in shown.items()}
+    shown = _shown(found, metric)
     run.log(now.step, **{f"{part}_{name}": value for name, value in shown.items()})
     now.last = {"step": now.step, "part": part, **found._asdict()}
     value = -shown["loss"] if metric == "loss" else shown[metric]
@@ -35,17 +34,23 @@ def remember(now: State, run: Run, part: str, found: Metrics, metric: str) -> No
         now.best["since"] = now.best.get("since", 0) + 1  # evaluations without a better one
 
 
-def remember_average(now: State, run: Run, part: str, found: Metrics) -> None:
+def _shown(found: Metrics, metric: str) -> dict[str, float]:
+    """What of an evaluation makes curves."""
+    shown = {"accuracy": found.accuracy, "loss": found.loss, metric: getattr(found, metric)}
+    return {name: math.nan if value is None else value for name, value in shown.items()}
+
+
+def remember_average(now: State, run: Run, part: str, found: Metrics, metric: str) -> None:
     """An evaluation of the averaged weights becomes their last one. It chooses nothing."""
-    run.log(now.step, **{f"average_{part}_accuracy": found.accuracy, f"average_{part}_loss": found.loss})
+    run.log(now.step, **{f"average_{part}_{name}": value for name, value in _shown(found, metric).items()})
     now.averaged = {"step": now.step, "part": part, **found._asdict()}
 
 
 def evaluate(now: State, run: Run, progress: Progress, selection: EvalBatches, precision: torch.dtype, metric: str,
-             epochs: float, world: World, interrupt: Interrupt) -> Outputs:
+             epoch: float, world: World, interrupt: Interrupt) -> Outputs:
     """What the weights, and their average, say about the images on which `best` is chosen: remembered and said, beside
-    what the training batches since the last evaluation said. epochs: updates of one, 0 where nobody counts them.
-    Interrupted: a signal has come; nothing is remembered."""
+    what the training batches since the last evaluation said. epoch: passes over train so far, 0 where nobody counts
+    them. Interrupted: a signal has come; nothing is remembered."""
     ask = partial(shared_outputs, batches=selection, precision=precision, scores=metric == "map", world=world,
                   stop=interrupt.check if world.size == 1 else None)
     said, classes = ask(now.model), len(selection.split.classes)
@@ -53,14 +58,26 @@ def evaluate(now: State, run: Run, progress: Progress, selection: EvalBatches, p
     average = measure(ask(now.average.model), classes) if now.average and now.average.ready else None
     remember(now, run, selection.name, found, metric)
     loss, accuracy = progress.means()
-    words = f"epoch {now.step / epochs:.3g}  " if epochs else ""
+    words = f"epoch {epoch:.2f}  " if epoch else ""
     if loss == loss:
         words += f"train accuracy {100 * accuracy:.2f} %, loss {loss:.4f}  "
     words += f"{selection.name} {in_words(found)}"
     if average:
-        remember_average(now, run, selection.name, average)
+        remember_average(now, run, selection.name, average, metric)
         words += f"  averaged {in_words(average)}"
     progress.say(words)
+    return said
+
+
+def confirm(now: State, run: Run, selection: EvalBatches, metric: str, world: World,
+            interrupt: Interrupt) -> Outputs:
+    """The last evaluation again, in float32, as that of every end is: a run that stops early knows it only then. It
+    replaces `last`, and chooses nothing."""
+    said = shared_outputs(now.model, selection, torch.float32, scores=metric == "map", world=world,
+                          stop=interrupt.check if world.size == 1 else None)
+    found = measure(said, len(selection.split.classes))
+    run.log(now.step, **{f"{selection.name}_{name}": value for name, value in _shown(found, metric).items()})
+    now.last = {"step": now.step, "part": selection.name, **found._asdict()}
     return said
 
 
@@ -83,7 +100,7 @@ def stop(now: State, run: Run, number) -> None:
 
 def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, said: Outputs | None, world: World,
           interrupt: Interrupt) -> None:
-    """The last and the best weights on the test set, in float32; those that one would take leave predictions.csv.
+    """The last, best and averaged weights on the test set, in float32; those that one would take leave predictions.csv.
     said: the loop's last evaluation. Interrupted: a signal has come; nothing was logged."""
     ask = partial(shared_outputs, batches=test, scores=now.last["map"] is not None, world=world,
                   stop=interrupt.check if world.size == 1 else None)
@@ -109,10 +126,10 @@ def score(now: State, run: Run, selection: EvalBatches, test: EvalBatches, said:
 
 def finish(now: State, run: Run, progress: Progress, selection: EvalBatches, test: EvalBatches, said: Outputs | None,
            world: World, interrupt: Interrupt) -> dict:
-    """Scores `last` and `best` on the test set in float32, writes the scores into their headers and says them."""
+    """Scores `last`, `best` and the average on the test set in float32, writes and says the scores."""
     if now.finished:
-        patient = " or --early_stopping" * bool(now.best.get("since"))
-        log.info("finished already: more --num_steps%s would go on", patient)
+        early = over(now, run.about["settings"].get("early_stopping", 0))
+        log.info("finished already: more --num_steps%s would go on", " or --early_stopping" * early)
     else:
         try:
             score(now, run, selection, test, said, world, interrupt)

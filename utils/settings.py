@@ -79,8 +79,7 @@ class Settings:
     """What decides a run. Whoever reads a field finds its meaning and default here."""
 
     dataset: str = flag(
-        "cifar10", "data", "cifar10, cifar100, pets, flowers, imagenet, digits, or a folder with train/CLASS/* and "
-        "test/ or val/")
+        "cifar10", "data", "cifar10|cifar100|pets|flowers|imagenet|digits, or a folder: train/CLASS/*, test/ or val/")
     labels: str | None = flag(None, "data", "CSV of image,label[,split] or a column a class, for images in --dataset "
                               "(default: folders are classes)", type=str, metavar="FILE.csv")
     data_dir: str = flag("data", "data", "where named sets are kept or downloaded to")
@@ -114,7 +113,7 @@ class Settings:
         None, "model", "stochastic depth: rate of the last block, 0 in the first (default: 0)", type=float, low=0,
         below=1)
     patch_proj: str | None = flag(
-        None, "model", "patches by a convolution or a product, the same function (default: conv)",
+        None, "model", "patches by a convolution or a product, the same function (default: the checkpoint's, conv)",
         choices=["conv", "linear"])
     pos_embed: str | None = flag(
         None, "model", "from scratch: learned, sincos1d, sincos2d (fixed), or none (default: learned)",
@@ -139,7 +138,7 @@ class Settings:
                        "finetune-adam", choices=list(RECIPES), metavar="NAME")
     num_steps: int = flag(10_000, "training", "updates", low=1)
     num_epochs: float = flag(0.0, "training", "passes over the images, instead of --num_steps; each is evaluated",
-                             low=0)
+                             low=0, high=1_000_000)
     train_batch_size: int = flag(512, "training", "images an update", low=1, also=("--batch_size",))
     gradient_accumulation_steps: int | str = flag(
         "auto", "training", "micro-batches that an update's images are split into; auto: as few as fit into memory",
@@ -189,10 +188,10 @@ class Settings:
                            "signals save, too", low=0)
     dry_run: bool = flag(False, "output", "check everything, show the effective recipe, and stop")
     summary: bool = flag(False, "output", "show the model's layers, shapes, parameters and FLOPs, and stop")
-    eval_every: int = flag(100, "output", "updates between evaluations; 0: an epoch. There is always one at the end",
+    eval_every: int = flag(100, "output", "updates between evaluations; 0: an epoch. One is always at the end",
                            low=0)
     eval_batch_size: int = flag(64, "output", "images at a time in an evaluation", low=1)
-    no_report: bool = flag(False, "output", "no report.html at the end (python -m utils.report FOLDER makes it later)")
+    no_report: bool = flag(False, "output", "no report.html and curves (python -m utils.report RUN makes them later)")
     debug: bool = flag(False, "output", "show the traceback of an error")
 
     def __post_init__(self):
@@ -221,11 +220,17 @@ class Settings:
             raise ValueError(f"Two precisions were asked for: {' and '.join(sorted(asked))}. Choose one.")
 
     def in_steps(self, images: int) -> "Settings":
-        """Epochs as updates, for so many training images: one epoch is the nearest whole number of them."""
-        epoch = max(round(images / self.train_batch_size), 1)
+        """Epochs as updates, for so many training images: the nearest whole number."""
+        epoch = images / self.train_batch_size
         steps = max(round(self.num_epochs * epoch), 1) if self.num_epochs else self.num_steps
         warmup = round(self.warmup_epochs * epoch) if self.warmup_epochs else self.warmup_steps
-        return replace(self, num_steps=steps, warmup_steps=warmup, eval_every=self.eval_every or epoch)
+        return replace(self, num_steps=steps, warmup_steps=warmup)
+
+    def evaluates(self, step: int, images: int) -> bool:
+        """Whether an evaluation follows update number `step`: with `eval_every` 0, where it completes an epoch."""
+        if self.eval_every:
+            return step % self.eval_every == 0
+        return step * self.train_batch_size // images > (step - 1) * self.train_batch_size // images
 
 
 def _check_range(name: str, value, low=None, below=None, high=None) -> None:
@@ -309,9 +314,7 @@ def resolve(given: dict) -> Settings:
 
     ValueError: two flags of which only one can be meant, or a value that no run can have.
     """
-    for one, other in (("num_steps", "num_epochs"), ("warmup_steps", "warmup_epochs")):
-        if one in given and other in given:
-            raise ValueError(f"--{one} and --{other} both say how long: choose one.")
+    _check_lengths(given)
     preset = dict(RECIPES[given.get("recipe", "vit-pytorch")])
     for one, other in (("num_steps", "num_epochs"), ("warmup_epochs", "warmup_steps"), ("min_area", "pad_crop")):
         if one in given:
@@ -330,7 +333,20 @@ def resolve(given: dict) -> Settings:
         settings.setdefault("learning_rate", PAPER_LR.get((model, settings.get("dataset", "cifar10")), 3e-2))
     if settings.get("recipe") == "scratch":
         settings.setdefault("learning_rate", scratch_lr(settings["train_batch_size"], settings["optimizer"]))
+        if settings["optimizer"] != "adamw" and "weight_decay" not in given:
+            settings["weight_decay"] = 0.0  # others would draw biases and norms to zero, too
+        if "num_steps" in settings and "warmup_epochs" not in settings:
+            settings.setdefault("warmup_steps", round(WARMUP * settings["num_steps"]))
     return Settings(**settings)
+
+
+def _check_lengths(given: dict) -> None:
+    """ValueError: one length in two ways, or none at all."""
+    for one, other in (("num_steps", "num_epochs"), ("warmup_steps", "warmup_epochs")):
+        if one in given and other in given:
+            raise ValueError(f"--{one} and --{other} both say how long: choose one.")
+    if given.get("num_epochs") == 0:
+        raise ValueError("--num_epochs is 0: give more, or --num_steps.")
 
 
 def scratch_lr(batch: int, optimizer: str = "adamw") -> float:
@@ -345,6 +361,7 @@ def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
     stored: those of the run, with "resolved", what its automatic choices were; given: the flags of the command line.
     ValueError: a setting that decides the run's numbers is another one than before, or there are fewer steps.
     """
+    _check_lengths(given)
     known = {f.name for f in fields(Settings)}
     before = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
               if name in known}
@@ -361,8 +378,8 @@ def proceed(stored: dict, given: dict) -> tuple[Settings, dict[str, tuple]]:
                if name not in FREE and not (name in GROWS and new > (old or 0))]
     if refused:
         raise ValueError(f"A run goes on with the settings that it began with: {', '.join(refused)}. Leave them out or "
-                         "start another run with --name; only --num_steps may grow, and the batch split and how often "
-                         "it is evaluated and saved are free.")
+                         "start another run with --name; only --num_steps and --num_epochs may grow, and the batch "
+                         "split, the patience and how often it is evaluated and saved are free.")
     settings = Settings(**{**before, **{name: value for name, value in given.items() if name in changed},
                            **({"num_epochs": 0.0} if "num_steps" in changed else {})})
     return settings, changed
