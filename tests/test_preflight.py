@@ -265,8 +265,8 @@ def test_whoever_starts_from_nothing_on_few_images_is_told_what_to_expect(tiny_m
 def test_what_goes_beyond_the_papers_recipe_is_said(tiny_config, said):
     model = VisionTransformer(configs.replace(tiny_config, drop_path_rate=0.2, pos_embed="sincos2d"), 16, 2)
     summarise(model, mixup=0.8, randaugment=2, pad_crop=4, ema=0.99, early_stopping=3, label_smoothing=0.1)
-    assert ("extras   crops out of 4 px around, mixup 0.8, RandAugment 2 of magnitude 9, label smoothing 0.1, EMA 0.99, "
-            "stops after 3 evaluations without a new best, stochastic depth 0.2, positions sincos2d") in said.text
+    assert ("extras   crops out of 4 px around, mixup 0.8, RandAugment 2 of magnitude 9, label smoothing 0.1, EMA "
+            "0.99, stops after 3 evaluations without a new best, stochastic depth 0.2, positions sincos2d") in said.text
     said.clear()
     summarise(VisionTransformer(tiny_config, 16, 2))
     assert "extras" not in said.text
