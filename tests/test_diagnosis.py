@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from utils.diagnosis import Diagnosis
+from utils.data import Split
+from utils.diagnosis import Diagnosis, diagnose
+from utils.settings import Settings
 
 # Recorded: classes, warm-up, steps, share of the largest class, then for each update of 8 images its loss, and how many
 # of them were given the class predicted most often. Digits (a small ViT from scratch with AdamW at 1e-3, which begins
@@ -132,6 +135,17 @@ def test_a_loss_that_does_not_move_is_said_as_soon_as_it_is_sure(name, step, wor
     said = follow(*recorded(name))
     assert said[0][0] == step and words in said[0][1]
     assert sum("loss" in sentence.lower() for _, sentence in said) == 1
+
+
+def test_of_mixed_images_only_a_loss_that_grows_is_said():
+    for name, words in (("rate too low", []), ("rate too high", ["no better than at first"])):
+        diagnosis, updates = recorded(name)
+        diagnosis.mixed = True
+        said = [sentence for _, sentence in follow(diagnosis, updates) if "loss" in sentence.lower()]
+        assert len(said) == len(words) and all(word in sentence for word, sentence in zip(words, said))
+    one, other = (diagnose(Settings(mixup=alpha), Split(torch.zeros(4, 3, 8, 8), torch.arange(4) % 2, ("a", "b")), 0)
+                  for alpha in (0.8, 0.0))
+    assert one.mixed and not other.mixed
 
 
 def test_predictions_of_one_class_are_said():

@@ -28,11 +28,13 @@ HELD_UP = 0.3        # share of the time: one process that decodes too slowly ga
 class Diagnosis:
     """Follows a run; `update` and `waited` return what is to be said now, each kind once a run.
 
-    workers: processes that decode images (0: they lie in memory). largest_class_share: of the training images.
+    workers: processes that decode images (0: they lie in memory). largest_class_share: of the training images. mixed:
+    images are mixtures of two, whose labels no model can tell at first: only a loss that grows is spoken of then.
     """
 
     def __init__(self, num_classes: int, warmup_steps: int, num_steps: int, batch_size: int, multi_label: bool = False,
-                 workers: int = 0, largest_class_share: float = 0.0):
+                 workers: int = 0, largest_class_share: float = 0.0, mixed: bool = False):
+        self.mixed = mixed
         self.warmup_steps, self.batch_size, self.multi_label = warmup_steps, batch_size, multi_label
         self.workers, self.largest_class_share = workers, largest_class_share
         window = min(max(WINDOW[0], (num_steps - warmup_steps) // 2), WINDOW[1])
@@ -70,6 +72,8 @@ class Diagnosis:
         mean = total / n
         spread = math.sqrt(max(squares / n - mean * mean, 0.0))
         if mean - 2 * spread / math.sqrt(n) <= (1 - STILL) * self.start:
+            return []
+        if self.mixed and mean <= WORSE * self.start:
             return []
         if late < self.start and 2 * (mean - late) > STILL * self.start:
             return []
@@ -137,4 +141,5 @@ def diagnose(settings, train: Split, workers: int) -> Diagnosis:
     """Of a run on these images, which so many processes decode."""
     largest = 0 if train.multi_label else train.labels.bincount().max() / len(train)
     return Diagnosis(len(train.classes), settings.warmup_steps, settings.num_steps, settings.train_batch_size,
-                     multi_label=train.multi_label, workers=workers, largest_class_share=float(largest))
+                     multi_label=train.multi_label, workers=workers, largest_class_share=float(largest),
+                     mixed=bool(settings.mixup or settings.cutmix))
