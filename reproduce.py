@@ -9,11 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from utils import comparison, data, grid, history, pace, reference
+from utils import comparison, data, grid, pace, reference
+from utils.checking import check, judged
 from utils.commands import run
 from utils.device import Computing, choose_device, choose_precision, training_flops
-from utils.grid import Grid, Price
+from utils.grid import Grid
 from utils.opening import bare_model
+from utils.prices import Price, disk, price, said, shard, work
 from utils.protocols import PROTOCOLS, Row, rows
 from utils.resources import amount, free_disk
 from utils.settings import Parser, Settings
@@ -28,27 +30,42 @@ MINI = (4_000, 1_000)  # train and test images of a folder that the table mini t
 
 def planned(args) -> list[Row]:
     """The rows of the table that was asked for; a folder becomes a small part of itself."""
-    if args.table == "mini":
-        for name in args.datasets:
-            data.check_there(name)
+    folders = [name for name in args.datasets if args.table == "mini" and name not in data.NAMED]
+    for name in folders:
+        data.check_there(name)
+    bases = [Path(name).resolve().name for name in folders]
+    if len(set(bases)) < len(bases):
+        raise ValueError(f"Two of --datasets are called {max(bases, key=bases.count)}: run them one after the other, "
+                         "each with its own --output_dir.")
     found = rows(args.table, args.models, args.datasets)
-    return [row if row.dataset in data.NAMED else of_folder(row, args.folder) for row in found]
+    return [row if row.dataset in data.NAMED else of_folder(row, args.folder, args.dry_run) for row in found]
 
 
-def of_folder(row: Row, folder: Path) -> Row:
-    """The row on a few images of a folder: a CSV lists them, the same each time."""
+def of_folder(row: Row, folder: Path, dry: bool = False) -> Row:
+    """The row on a few images of a folder: a CSV lists them, the same each time. dry: nothing is written.
+
+    ValueError: a class's name is one that a CSV takes for something else.
+    """
     name = Path(row.dataset).resolve().name
     whole, file = data.load(row.dataset), folder / f"{name}.csv"
+    if odd := [name for name in whole.train.classes if "|" in name or name != name.strip()]:
+        raise ValueError(f"The class folder '{odd[0]}' of {row.dataset} cannot stand in a CSV: rename it.")
     parts = {"train": _first(whole.train, MINI[0]), "test": _first(whole.test, MINI[1])}
-    folder.mkdir(parents=True, exist_ok=True)
+    if not dry:
+        folder.mkdir(parents=True, exist_ok=True)
+        _list(file, row.dataset, parts)
+    return replace(row, dataset=os.path.abspath(row.dataset), flags=(*row.flags, ("labels", str(file.absolute()))),
+                   images=(len(parts["train"]), len(parts["test"])))
+
+
+def _list(file: Path, folder: str, parts: dict[str, data.Split]) -> None:
+    """image,label,split of the parts of a folder."""
     with replacing_text(file) as out:
         table = csv.writer(out)
         table.writerow(["image", "label", "split"])
         for part, split in parts.items():
-            table.writerows([os.path.relpath(image, row.dataset), split.classes[label], part]
+            table.writerows([os.path.relpath(image, folder), split.classes[label], part]
                             for image, label in zip(split.images, split.labels.tolist()))
-    return replace(row, dataset=os.path.abspath(row.dataset), flags=(*row.flags, ("labels", str(file.absolute()))),
-                   images=(len(parts["train"]), len(parts["test"])))
 
 
 def _first(split: data.Split, most: int) -> data.Split:
@@ -58,21 +75,28 @@ def _first(split: data.Split, most: int) -> data.Split:
                                for i in (split.labels == c).nonzero().flatten()[:each].tolist()))
 
 
-def priced(found: list[Row], seeds: int, args) -> tuple[list[Price], str]:
-    """What each row costs here, and from what that follows: one step, of the smallest of the models, is measured; the
-    others' follow from their floating-point operations."""
-    models = [bare_model({"model_type": row.model, "pretrained_dir": row.checkpoint, "dataset": row.dataset,
-                          "img_size": (row.size, row.size)}) for row in found]
+def model_of(row: Row):
+    """The row's model, without memory."""
+    return bare_model({"model_type": row.model, "pretrained_dir": row.checkpoint, "dataset": row.dataset,
+                       "img_size": (row.size, row.size)})
+
+
+def priced(whole: Grid, args) -> tuple[list[Price], str]:
+    """What is left to be done of each row costs here, and from what that follows: one step, of the smallest of the
+    models, is measured; the others' follow from their floating-point operations."""
+    models = [model_of(row) for row in whole.rows]
+    if not any(whole.to_do(row) for row in whole.rows):
+        return [Price(0, 0, 0.0, 0)] * len(whole.rows), "nothing was measured"
+    settings = Settings(device=args.device, precision=args.precision)
     device = choose_device(args.device)
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in ("device", "precision")})
     computing = Computing(device, choose_precision(settings, device))
     least = min(models, key=training_flops)
     rate = pace.images_per_second(least.config, least.img_size, settings, computing)
     prices = []
-    for row, model in zip(found, models):
+    for row, model in zip(whole.rows, models):
         weights = 4 * sum(p.numel() for p in model.parameters())
         speed = rate * training_flops(least) / training_flops(model)
-        prices.append(grid.price(row, seeds, images_of(row), speed, weights))
+        prices.append(price(row, whole.seeds, images_of(row), speed, weights, whole.to_do(row)))
     return prices, (f"measured: {least.config.name} at {least.img_size[0]} px trains on {rate:.3g} images/s "
                     f"({grid.hardware()}, {computing.in_words()['precision']})")
 
@@ -85,10 +109,10 @@ def images_of(row: Row) -> tuple[int, int]:
 
 def say_plan(found: list[Row], prices: list[Price], seeds: int) -> None:
     """Every cell, with its steps, learning rate, split and price."""
-    for row, price in zip(found, prices):
+    for row, cost in zip(found, prices):
         (train, test), steps = images_of(row), {option.steps for option in row.options}
-        print(f"\n{row.name}: {row.size} px, batch {row.batch}, from {row.checkpoint}; {price.cells} runs, "
-              f"{price.seconds / 3600:.3g} hours")
+        print(f"\n{row.name}: {row.size} px, batch {row.batch}, from {row.checkpoint}; {cost.cells} runs, "
+              f"{cost.seconds / 3600:.3g} hours")
         for cell in row.choosing():
             held = round(row.held_out * train)
             print(f"  choose  {cell.option.steps:6,} steps, {cell.option.warmup} of warm-up, LR {cell.option.rate:<6g} "
@@ -109,58 +133,21 @@ def compared(row: Row, whole: Grid, failed: list) -> comparison.Row:
     ours = comparison.Row(row.protocol, row.model, row.family, Path(row.dataset).name, row.size,
                           best_on_test=row.best_on_test, word="failed" if any(cell.row == row for cell in failed) else
                           "not run")
+    lost = sum(cell.row == row for cell in failed)
     if not values:
         return ours
     ours = replace(ours, steps=option.steps, learning_rate=option.rate, ours=statistics.fmean(values), n=len(values),
                    spread=statistics.stdev(values) if len(values) > 1 else None, hardware=results[0]["hardware"],
                    minutes=statistics.fmean(result["minutes"] for result in results), word="unknown")
     if row.protocol not in reference.PROTOCOLS:
-        return replace(ours, note="Nobody has published a number of this protocol.")
+        unknown = "Nobody has published a number of this protocol."
+        return replace(ours, note=f"{lost} runs failed. {unknown}" if lost else unknown)
     flags = results[0]["flags"]
     records = reference.find(row.protocol, row.model, row.checkpoint, row.dataset, row.size, option.steps,
                              flags.get("dropout"))
-    return judged(ours, values, records, flags, why_not=reference.why_not(row.protocol, row.model, row.checkpoint,
-                                                                          row.dataset))
-
-
-def judged(ours: comparison.Row, values: list[float], records: list, settings: dict,
-           why_not: str | None = None) -> comparison.Row:
-    """`ours` with the verdict, and with the usual causes where it is a fail."""
-    verdict = reference.judge(values, records, ours.dataset, best_on_test=ours.best_on_test)
-    causes = reference.causes(verdict.record, settings) if verdict.word == "fail" else ()
-    return replace(ours, theirs=verdict.theirs, difference=verdict.difference, tolerance=verdict.tolerance,
-                   word=verdict.word, source=verdict.source, note=why_not or verdict.sentence, causes=tuple(causes))
-
-
-def check(folder: Path) -> list[comparison.Row]:
-    """A finished run beside all published numbers of its model and data, those that were made most like it first.
-
-    ValueError: no run, or one that has not ended.
-    """
-    found = history.read(folder)
-    if "test" not in found.about.get("accuracy", {}):
-        raise ValueError(f"{folder} has not ended: python train.py --resume {folder}")
-    if "test/accuracy" not in found.series or found.multi_label:
-        raise ValueError(f"{folder} has no accuracy to compare: nobody published one for several labels an image.")
-    about, resolved = found.about, found.resolved
-    settings = {**resolved, **{name: value for name, value in found.settings.items() if value not in (None, "auto")}}
-    model, dataset = about["config"]["name"], Path(str(found.settings["dataset"])).name
-    start = found.settings.get("pretrained_dir") or f"checkpoint/{model}.npz"
-    tests = found.series["test/accuracy"].values
-    lines = []
-    for protocol in reference.PROTOCOLS:
-        records = reference.find(protocol, model, start, dataset, about["img_size"][0], settings["num_steps"])
-        best = any(record.best_on_test for record in records)
-        value = 100 * float(tests.max() if best else tests[-1])
-        row = comparison.Row(protocol, model, start, dataset, about["img_size"][0], settings["num_steps"],
-                             settings["learning_rate"], value, None, 1, minutes=found.seconds / 60, best_on_test=best)
-        if records:
-            others = reference.deviations(records[0], settings)
-            row = judged(row, [value], records, settings)
-            if others and row.word == "pass":
-                row = replace(row, note=f"{row.note} It was another recipe, though: {' '.join(others)}")
-            lines.append((len(others), row))
-    return [row for _, row in sorted(lines, key=lambda pair: pair[0])]
+    why = reference.why_not(row.protocol, row.model, row.checkpoint, row.dataset, row.size)
+    found = judged(ours, values, records, flags, why_not=why)
+    return replace(found, note=f"{lost} runs failed. {found.note}") if lost else found
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -216,21 +203,20 @@ def reproduce(args) -> int:
         raise ValueError(f"--seeds is {seeds}; it must be at least 1.")
     part, parts = part_of(args.shard)
     found = planned(args)
-    prices, measured = priced(found, seeds, args)
-    mine = grid.shard(found, [price.seconds for price in prices], part, parts)
-    prices = [price for row, price in zip(found, prices) if row in mine]
-    devices = grid.devices(args.workers) if args.device != "cpu" else [""] * (args.workers or 1)
-    print(f"{args.table}: {PROTOCOLS[args.table].about}\n{grid.said(prices, len(devices))} ({measured})")
+    costs = [work(row, seeds, images_of(row), training_flops(model_of(row))) for row in found]
+    common = ("--data_dir", os.path.abspath(args.data_dir), "--device", args.device, "--precision", args.precision)
+    whole, mine = (Grid(rows, args.folder, seeds, common) for rows in (found, shard(found, costs, part, parts)))
+    devices = grid.devices(args.workers, cpu=args.device == "cpu")
+    prices, measured = priced(mine, args)
+    print(f"{args.table}: {PROTOCOLS[args.table].about}\n{said(prices, len(devices))} ({measured})")
     if args.dry_run:
-        say_plan(mine, prices, seeds)
+        say_plan(mine.rows, prices, seeds)
         return 0
-    if (need := sum(price.disk for price in prices)) > (free := free_disk(args.folder)):
+    if (need := disk(prices, len(devices))) > (free := free_disk(args.folder)):
         raise ValueError(f"The runs need up to {amount(need)} of disk, and {amount(free)} are free at {args.folder}. "
                          "Take fewer --models or --datasets, or another --output_dir.")
-    common = ("--data_dir", os.path.abspath(args.data_dir), "--device", args.device, "--precision", args.precision)
-    whole = Grid(mine, args.folder, seeds, common)
-    failed = grid.run(whole, devices)
-    table = [compared(row, whole, failed) for row in mine]
+    failed = grid.run(mine, devices)
+    table = [compared(row, whole, failed) for row in found]  # of all machines, as far as it is there
     written = comparison.write(table, args.folder, f"{args.table}: ours beside the published numbers",
                                [(args.table, PROTOCOLS[args.table].about)])
     print(comparison.markdown(table), *written, sep="\n")

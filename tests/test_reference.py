@@ -8,20 +8,9 @@ import pytest
 
 from models import published
 from models.configs import CONFIGS
-from utils import reference
-from utils.reference import (
-    DATASETS,
-    MODELS,
-    PROTOCOLS,
-    Record,
-    causes,
-    deviations,
-    find,
-    judge,
-    records,
-    tolerance,
-    why_not,
-)
+from utils import records as numbers
+from utils.records import DATASETS, MODELS, PROTOCOLS, Record, family, find, records, why_not, withheld
+from utils.reference import causes, deviations, judge, rates, tolerance
 
 BOTH = "checkpoint/imagenet21k+imagenet2012"
 LIGHT1 = "augreg/B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0"
@@ -33,7 +22,7 @@ def first(*cell, **more):
     return find(*cell, **more)[0]
 
 
-def record(value, std=None, source=f"{reference.PAPER} 5 (appendix C)", **more):
+def record(value, std=None, source=f"{numbers.PAPER} 5 (appendix C)", **more):
     return Record(**{**NONE, "model": "ViT-B/16", "upstream": "ImageNet-21k", "dataset": "CIFAR-10", "value": value,
                      "std": std, "source": source, **more})
 
@@ -45,8 +34,8 @@ def test_the_file_has_the_942_numbers_that_were_read_each_with_its_source():
     assert len(found) == 942 and all(r.source and r.model and r.dataset for r in found)
     assert all(isinstance(r.value, int | float) for r in found)
     assert sum(r.metric == "top1_pct" for r in found) == 816
-    assert reference.FILE.stat().st_size < 400_000
-    lines = reference.FILE.read_text(encoding="utf-8").splitlines()
+    assert numbers.FILE.stat().st_size < 400_000
+    lines = numbers.FILE.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 944 and json.loads(lines[1].rstrip(","))["value"] == found[0].value == 88.55  # a record a line
 
 
@@ -99,11 +88,68 @@ def test_no_record_is_of_two_protocols_and_a_look_up_gives_records_of_one():
 
 def test_only_the_named_augreg_file_or_the_table_of_all_of_them_is_found():
     assert {r.upstream for r in find("augreg", "ViT-B_32", LIGHT1, "imagenet")} == {
-        "AugReg ImageNet-21k 300ep (light1 wd0.1 do0 sd0)", "AugReg ImageNet-21k 300ep", reference.BY_V2}
+        "AugReg ImageNet-21k 300ep (light1 wd0.1 do0 sd0)", "AugReg ImageNet-21k 300ep"}
     assert not any("light1" in r.upstream for r in find("augreg", "ViT-B_32", MEDIUM1, "imagenet"))
     assert find("big_vision", "ViT-B_32", MEDIUM1, "cifar10") == []
     assert first("augreg", "ViT-Ti_16", "augreg/Ti_16-i1k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "imagenet",
                  384).upstream == "AugReg ImageNet 300ep"
+
+
+def from_timm(model, *settings):
+    """The name of the AugReg file of 300 epochs of ImageNet-21k that timm has."""
+    return "augreg/{}-i21k-300ep-lr_0.001-aug_{}-wd_{}-do_{}-sd_{}".format(model, *settings)
+
+
+@pytest.mark.parametrize("model, file, theirs", [
+    ("ViT-S_32", from_timm("S_32", "light1", 0.03, 0.0, 0.0), "none wd0.1 do0 sd0"),
+    ("ViT-B_32", MEDIUM1, "light1 wd0.1 do0 sd0"),
+    ("R26+ViT-S_32", from_timm("R26_S_32", "medium2", 0.03, 0.0, 0.0), "light1 wd0.1 do0 sd0"),
+    ("R50+ViT-L_32", from_timm("R50_L_32", "medium2", 0.1, 0.0, 0.0), "medium1 wd0.1 do0.1 sd0.1")])
+def test_the_number_of_a_recommended_file_is_not_that_of_another_one(model, file, theirs):
+    cell = ("augreg", model, file, "imagenet", 384)
+    assert find(*cell) == [] and judge([80.0], find(*cell), "imagenet").word == "unknown"
+    for said in (withheld(*cell), why_not(*cell)):
+        assert theirs in said and numbers.upstreams(file)[0] in said
+    assert [r.resolution for r in find(*cell[:4], 224)] == [224] and why_not(*cell[:4], 224) is None
+    assert find("augreg", model, "augreg", "imagenet", 384)  # no file was named
+
+
+def test_timms_large_file_is_the_pick_on_imagenetv2():
+    file = from_timm("L_16", "medium1", 0.1, 0.1, 0.1)
+    found = find("augreg", "ViT-L_16", file, "imagenet", 384)
+    assert [r.value for r in found] == [87.08] and withheld("augreg", "ViT-L_16", file, "imagenet", 384) is None
+    assert "87.10" in judge([87.0], found, "imagenet").sentence
+    assert find("augreg", "ViT-L_16", from_timm("L_16", "none", 0.1, 0.1, 0.1), "imagenet", 384) == []
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "pets"])
+def test_a_number_without_a_resolution_is_compared_at_one_size_alone(dataset):
+    cell = ("augreg", "ViT-B_16", "augreg", dataset)
+    assert len(find(*cell, 224)) == 3 and find(*cell, 384) == []
+    assert "does not state its resolution" in why_not(*cell, 384) and why_not(*cell, 224) is None
+    assert "resolution is not stated" in PROTOCOLS["augreg"].about
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("checkpoint/ViT-B_16-224.npz", "imagenet21k+imagenet2012"), ("checkpoint/ViT-B_16.npz", "imagenet21k"),
+    ("ViT-S_16.npz", "sam"), ("checkpoint/ViT-B_32-gap-norep.npz", "gsam"), ("R50-ViT-L_32.npz", "imagenet21k"),
+    ("checkpoint/sam/ViT-B_16.npz", "sam"), (f"elsewhere/{LIGHT1.split('/')[1]}.npz", "augreg"), ("mine.npz", None),
+    ("output/run/last.safetensors", None)])
+def test_a_file_is_of_the_folder_that_has_its_name(name, folder):
+    assert family(name) == folder
+
+
+def test_a_bare_name_that_one_folder_has_is_found_there():
+    cell = ("ViT-pytorch", "ViT-B_16", "checkpoint/ViT-B_16-224.npz", "cifar100")
+    assert first(*cell) == first(*cell[:2], f"{BOTH}/ViT-B_16-224.npz", "cifar100")
+    run = {**PAPER, "pretrained_dir": "checkpoint/ViT-B_16-224.npz"}
+    assert "files of one model's name differ" in deviations(paper(), run)[0]
+
+
+def test_what_the_sources_leave_open_is_said():
+    for protocol, words in (("short", "not stated either, ours are vit_jax's"), ("augreg", "500 or 2,500 steps"),
+                            ("paper", "dropout at fine-tuning is not")):
+        assert words in PROTOCOLS[protocol].about
 
 
 def test_another_resolution_is_given_only_where_there_is_no_other():
@@ -271,3 +317,27 @@ def test_a_protocols_own_recipe_is_no_deviation():
     run = {**PAPER, "img_size": 224, "num_steps": 500, "warmup_steps": 100, "no_flip": True, "dropout": 0.1}
     assert deviations(old, run) == []
     assert deviations(old, {**run, "warmup_steps": 50}) == ["--warmup_steps was 50; theirs 100."]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"min_area": 0.6}, "--min_area was 0.6; theirs 0.05."), ({"ema": 0.999}, "--ema was 0.999; theirs 0.0."),
+    ({"class_weights": "balanced"}, "--class_weights was balanced; theirs none."), ({"swa": 0.25}, "--swa was 0.25"),
+    ({"in_chans": 1}, "--in_chans was 1; theirs 3."), ({"early_stopping": 5}, "--early_stopping was 5; theirs 0.")])
+def test_a_setting_that_moves_the_result_is_a_deviation(change, said):
+    usual = {"min_area": 0.05, "class_weights": "none", "ema": 0.0, "swa": 0.0, "in_chans": 3, "early_stopping": 0}
+    assert deviations(paper(), {**PAPER, **usual}) == []
+    (found,) = deviations(paper(), {**PAPER, **usual, **change})
+    assert found.startswith(said)
+
+
+def test_the_numbers_at_512_px_are_of_averaged_weights_and_a_crop_of_another_kind_has_no_smallest_area():
+    large = first("paper", "ViT-L_16", "imagenet21k", "imagenet", 512)
+    assert "--ema was 0.0; theirs 0.9999." in deviations(large, {"ema": 0.0})
+    assert deviations(first("big_vision", "ViT-B_32", LIGHT1, "cifar10"), {"min_area": 0.6}) == []
+
+
+def test_the_sweep_of_augregs_table_5_is_its_own():
+    record = first("augreg", "ViT-B_16", "augreg", "cifar100", 224)
+    run = {"pretrained_dir": "augreg", "img_size": 224, "learning_rate": 0.03, "num_steps": 2500, "dropout": 0.0}
+    assert rates(record) == (0.001, 0.003, 0.01, 0.03) and deviations(record, run) == []
+    assert deviations(record, {**run, "num_steps": 10_000}) == ["--num_steps was 10000; theirs 500 or 2500."]

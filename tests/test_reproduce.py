@@ -13,6 +13,7 @@ from models.npz import save_npz
 from utils import data, grid, pace
 from utils.device import training_flops
 from utils.opening import bare_model
+from utils.prices import START
 from utils.protocols import Option, Row
 
 
@@ -51,12 +52,12 @@ def test_the_papers_table_is_planned_with_steps_rates_splits_and_a_price(measure
 def test_the_price_of_a_larger_model_follows_from_its_operations(measured, tmp_path):
     args = reproduce.parser().parse_args(["--table", "paper", "--device", "cpu"])
     found = reproduce.rows("paper", ["ViT-B_32", "ViT-L_16"], ["cifar10"])
-    (small, large), _ = reproduce.priced(found, 3, args)
+    (small, large), _ = reproduce.priced(grid.Grid(found, tmp_path, 3), args)
     flops = [training_flops(bare_model({"model_type": name, "pretrained_dir": "none", "img_size": (384, 384)}))
              for name in ("ViT-B_32", "ViT-L_16")]
-    work = [price.seconds - price.cells * grid.START for price in (small, large)]
+    work = [price.seconds - price.cells * START for price in (small, large)]
     assert work[1] / work[0] == pytest.approx(flops[1] / flops[0])
-    assert small.seconds == grid.price(found[0], 3, (50_000, 10_000), 100.0, 0).seconds
+    assert small.seconds == reproduce.price(found[0], 3, (50_000, 10_000), 100.0, 0).seconds
 
 
 @pytest.mark.parametrize("name", ["paper", "vit_jax", "augreg", "short", "ViT-pytorch"])
@@ -86,6 +87,20 @@ def test_of_a_folder_a_few_images_of_each_class_are_taken(image_folder, tmp_path
     assert [line["label"] for line in lines if line["split"] == "train"] == 2 * ["blue"] + 2 * ["green"] + 2 * ["red"]
     found = data.load(row.dataset, labels=dict(row.flags)["labels"])
     assert (len(found.train), len(found.test), found.train.classes) == (6, 3, ("blue", "green", "red"))
+
+
+def test_folders_that_a_small_table_cannot_take_are_refused_and_a_dry_run_writes_nothing(image_folder, tmp_path, capsys,
+                                                                                         measured):
+    reproduce.main(["--table", "mini", "--datasets", str(image_folder), "--dry_run", "--output_dir",
+                    str(tmp_path / "out")])
+    assert "train 32, held out 4" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    (tmp_path / "other").mkdir()
+    for part in ("train", "test"):
+        (image_folder / part / "red").rename(image_folder / part / "a|b")
+    both = f"{image_folder},{image_folder}/../other/../images"
+    assert "Two of --datasets are called images" in error_of(capsys, "--table", "mini", "--datasets", both)
+    argv = ["--table", "mini", "--datasets", image_folder, "--output_dir", tmp_path / "out"]
+    assert "The class folder 'a|b'" in error_of(capsys, *argv)
 
 
 def test_a_small_table_runs_for_real_and_twice_gives_the_same(image_folder, tiny_model, tiny_config, tmp_path,
