@@ -334,7 +334,8 @@ def hardware(device: str = "", given: str = "", threads: int = 0) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = "CPU"
-    return f"{name}, {threads or torch.get_num_threads()} threads"
+    threads = threads or torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def sign(folder: Path, total: int) -> str:
