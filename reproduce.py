@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from models import sources
 from utils import comparison, data, grid, pace, reference
 from utils.checking import check, judged
 from utils.commands import run
@@ -99,6 +100,16 @@ def priced(whole: Grid, args) -> tuple[list[Price], str]:
         prices.append(price(row, whole.seeds, images_of(row), speed, weights, whole.to_do(row)))
     return prices, (f"measured: {least.config.name} at {least.img_size[0]} px trains on {rate:.3g} images/s "
                     f"({grid.hardware()}, {computing.in_words()['precision']})")
+
+
+def prepare(whole: Grid, args) -> None:
+    """Every set and every checkpoint that is still needed is fetched once, before cells that start together would each
+    fetch it. ValueError, OSError: one cannot be had."""
+    needed = [row for row in whole.rows if whole.to_do(row)]
+    for dataset in dict.fromkeys(row.dataset for row in needed if row.dataset in data.NAMED):
+        data.load(dataset, data_dir=args.data_dir)
+    for checkpoint in dict.fromkeys(row.checkpoint for row in needed):
+        sources.fetch(grid.ROOT / checkpoint)  # runs start from there
 
 
 def images_of(row: Row) -> tuple[int, int]:
@@ -215,6 +226,7 @@ def reproduce(args) -> int:
     if (need := disk(prices, len(devices))) > (free := free_disk(args.folder)):
         raise ValueError(f"The runs need up to {amount(need)} of disk, and {amount(free)} are free at {args.folder}. "
                          "Take fewer --models or --datasets, or another --output_dir.")
+    prepare(mine, args)
     failed = grid.run(mine, devices)
     table = [compared(row, whole, failed) for row in found]  # of all machines, as far as it is there
     written = comparison.write(table, args.folder, f"{args.table}: ours beside the published numbers",

@@ -168,6 +168,17 @@ def test_the_best_on_test_is_compared_with_such_numbers_alone(tmp_path, capsys):
     assert "98.00" in lines["paper"] and "fail" in lines["paper"]
 
 
+def test_what_cannot_be_had_is_said_before_the_first_run(measured, capsys, tmp_path, monkeypatch):
+    def fetch(path):
+        raise FileNotFoundError(f"{path.name} is on no server.")
+    monkeypatch.setattr(reproduce.sources, "fetch", fetch)
+    argv = ["--output_dir", tmp_path / "out", "--data_dir", tmp_path / "data"]
+    said = error_of(capsys, "--table", "paper", "--models", "ViT-B_16", "--datasets", "imagenet", *argv)
+    assert "imagenet" in said and "train" in said
+    said = error_of(capsys, "--table", "mini", "--datasets", "digits", *argv)
+    assert said == "error: ViT-demo.npz is on no server.\n" and not list((tmp_path / "out").glob("*"))
+
+
 def test_what_cannot_be_asked_is_one_sentence(tmp_path, capsys, measured):
     assert "Give --table NAME to run a table, or --check" in error_of(capsys)
     assert "--shard is '3/2'" in error_of(capsys, "--table", "short", "--shard", "3/2")

@@ -42,4 +42,8 @@ def images_per_second(config, size: tuple[int, int], settings, computing: Comput
     wanted = max(int(SECONDS / step(1)), 1)
     images = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if n == 1 or (n <= min(wanted, MOST) and fits(n)))
     step(images)
-    return images / median(step(images) for _ in range(STEPS))
+    rate = images / median(step(images) for _ in range(STEPS))
+    if device.type == "cuda":  # whose memory the runs are about to need
+        del model, optimizer
+        torch.cuda.empty_cache()
+    return rate
