@@ -4,6 +4,7 @@ and says whether ours is theirs; `--check output/NAME` asks it of a run that is 
 import csv
 import logging
 import os
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -165,12 +166,9 @@ def compared(row: Row, whole: Grid, failed: list) -> comparison.Row:
 
 def part_of(text: str) -> tuple[int, int]:
     """'2/4' -> (2, 4)."""
-    try:
-        part, parts = map(int, text.split("/"))
-        if 1 <= part <= parts:
-            return part, parts
-    except ValueError:
-        pass
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
     raise ValueError(f"--shard is '{text}': give i/n, such as 1/4 for the first of four machines.")
 
 
