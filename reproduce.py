@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from models import sources
@@ -77,6 +78,7 @@ def _first(split: data.Split, most: int) -> data.Split:
                                for i in (split.labels == c).nonzero().flatten()[:each].tolist()))
 
 
+@cache
 def model_of(row: Row):
     """The row's model, without memory."""
     return bare_model({"model_type": row.model, "pretrained_dir": row.checkpoint, "dataset": row.dataset,

@@ -62,10 +62,7 @@ def train(flags: dict, command: str = "", world: World = ALONE) -> dict:
     opened.check_same(dataset, computing)
     model, origin = opened.build_model(len(dataset.train.classes))
     if settings.few_shot and not settings.dry_run:
-        if world.size > 1 or settings.resume:
-            raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
-                             "--resume.")
-        log.info("%s", probe.said(model.to(device), dataset, settings.few_shot, settings.eval_batch_size, bool(origin)))
+        log.info("%s", probe.said(model.to(device), dataset, settings, bool(origin), world.size))
         return {}
     model.gradient_checkpointing = settings.gradient_checkpointing
     images = settings.num_steps * settings.train_batch_size // world.size

@@ -1,4 +1,4 @@
-"""The runs of a table: priced, run on the devices that are there, skipped where done, gone on with where cut off.
+"""The runs of a table: run on the devices that are there, skipped where done, gone on with where cut off.
 
 A folder a cell: that of a run of train.py, with `result.json` beside its files when it has ended. What a killed grid
 has finished is read from there; what it had begun goes on (`--resume auto`).

@@ -224,7 +224,8 @@ def summarise(settings, dataset: Data, model, origin: dict, computing: Computing
                     "choice use --val_fraction 0.1.")
     if not origin and not step and images < SMALL:
         log.info("%-8s %s", "expect", EXPECT.format(images=images))
-        log.info("%-8s %s", "", _time(s, model, computing))
+        if not s.dry_run:  # which tells it of every run
+            log.info("%-8s %s", "", _time(s, model, computing))
     _check_recipe(settings, images, model, bool(origin))
     _check_memory(settings, model, computing, fitting.parts)
 

@@ -77,14 +77,19 @@ def few_shot(model: VisionTransformer, train: Split, test: Split, batches: Calla
     return FewShot(accuracies, len(test_y))
 
 
-def said(model: VisionTransformer, dataset: Data, shots: int, batch_size: int, pretrained: bool) -> str:
-    """What the probe says of a data set's features, and what was computed; random weights are warned of."""
+def said(model: VisionTransformer, dataset: Data, settings, pretrained: bool, processes: int) -> str:
+    """What the probe of `few_shot` says of a data set's features, and what was computed; random weights are warned of.
+    ValueError: `few_shot`, or a run is to be continued, or several processes are there."""
+    if processes > 1 or settings.resume:
+        raise ValueError("--few_shot looks at the features of a checkpoint, in one process: leave out torchrun and "
+                         "--resume.")
+
     def batches(split: Split) -> EvalBatches:
         return EvalBatches(split, size=model.img_size, mean=model.config.mean, std=model.config.std,
-                           device=model.pos_embed.device, batch_size=batch_size)
+                           device=model.pos_embed.device, batch_size=settings.eval_batch_size)
     if not pretrained:
         log.warning("The weights are random, and so are the features that are scored: --pretrained_dir says whose.")
-    return f"{few_shot(model, dataset.train, dataset.test, batches, shots=(shots,))}\n{DEFINITION}"
+    return f"{few_shot(model, dataset.train, dataset.test, batches, shots=(settings.few_shot,))}\n{DEFINITION}"
 
 
 def check(train: Split, shots: int) -> None:
